@@ -1,0 +1,76 @@
+"""Sequence modelling: attention within each 3-second segment, then TTT over the whole clip, both ways.
+
+Shape suffixes: B batch, S scenes, M tokens of a segment, L tokens of the clip, D model dimension, T frames, P patches
+of a frame.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttt_video_engine.reference.layout import TokenLayout
+from ttt_video_engine.reference.rope import rotate
+from ttt_video_engine.reference.ttt_layer import SSMGating, TTTWrapper
+from ttt_video_engine.runtime.config import TransformerConfig
+
+
+class SeqModelingBlock(nn.Module):
+    """[B, L, D] → [B, L, D] in the order of `layout` (arXiv 2504.05298, section 3)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.model_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps) for _ in range(2))
+        self.ssm = TTTWrapper(config)
+        self.forward_ssm_gating_text, self.forward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
+        self.backward_ssm_gating_text, self.backward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
+
+    def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
+        attended = self._local_attention(x_BLD, layout)
+
+        text, video = self._split(self.ssm(attended, layout), layout)
+        out = attended + torch.cat([self.forward_ssm_gating_text(text), self.forward_ssm_gating_video(video)], dim=1)
+
+        order = layout.reversed_order()
+        backward = self.ssm(out.index_select(1, order), layout).index_select(1, order.argsort())
+        text, video = self._split(backward, layout)
+        return out + torch.cat([self.backward_ssm_gating_text(text), self.backward_ssm_gating_video(video)], dim=1)
+
+    def _local_attention(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
+        """Full attention within each scene's text and frames; frames that two segments share are averaged."""
+        text, video = self._split(x_BLD, layout)
+        text_BSND = text.unflatten(1, (layout.num_scenes, layout.text_length))
+        video_BTPD = video.unflatten(1, (layout.num_frames, layout.tokens_per_frame))
+        frames = layout.segment_frames()
+        segments = video_BTPD.index_select(1, frames.flatten()).unflatten(1, frames.shape)
+        out_BSMD = self._attention(torch.cat([text_BSND, segments.flatten(2, 3)], dim=2), layout)
+
+        text = out_BSMD[:, :, : layout.text_length].flatten(1, 2)
+        segments = out_BSMD[:, :, layout.text_length :].unflatten(2, (-1, layout.tokens_per_frame))
+        return torch.cat([text, self._merge_segments(segments)], dim=1)
+
+    def _attention(self, x_BSMD: Tensor, layout: TokenLayout) -> Tensor:
+        """Softmax attention over M, every segment on its own; rotary positions restart in each."""
+        q, k, v = (
+            project(x_BSMD).unflatten(-1, (self.config.num_heads, -1)).transpose(2, 3)
+            for project in (self.q, self.k, self.v)
+        )
+        angles = layout.segment_angles()
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        out = functional.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.o(out.transpose(2, 3).flatten(3))
+        return projected
+
+    def _merge_segments(self, segments_BSTPD: Tensor) -> Tensor:
+        """Lays the segments end to end, each one's first frames averaged with the last of the segment before."""
+        prefix = self.config.prefix_temporal_length
+        head, body = segments_BSTPD[:, :, :prefix], segments_BSTPD[:, :, prefix : self.config.attn_length]
+        tail = segments_BSTPD[:, :, self.config.attn_length :]
+        shared = (head[:, 1:] + tail[:, :-1]) / 2
+        frames = torch.cat([torch.cat([head[:, :1], shared], dim=1), body], dim=2).flatten(1, 2)
+        return torch.cat([frames, tail[:, -1]], dim=1).flatten(1, 2)
+
+    def _split(self, x_BLD: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        return x_BLD[:, : layout.num_text_tokens], x_BLD[:, layout.num_text_tokens :]

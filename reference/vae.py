@@ -1,0 +1,195 @@
+"""The decoder of CogVideoX's causal 3D VAE (arXiv 2408.06072, section 2.1), one temporal window at a time.
+
+Parameter names are those of the original checkpoint (`3d-vae.pt`) under `decoder.`.
+Tensors are [B, channels, T frames, H, W].
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttt_video_engine.runtime.config import VaeConfig
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+CACHED_FRAMES = 2
+"""Frames that a causal convolution of kernel 3 needs from before its window."""
+
+
+class ConvCache:
+    """The last input frames of every causal convolution, carried from one window to the next.
+
+    Pass one cache through a whole clip; `frames` maps the name of a convolution to [B, channels, 2, H, W] and is empty
+    before the first window.
+    """
+
+    def __init__(self, frames: dict[str, Tensor] | None = None) -> None:
+        self.frames = dict(frames or {})
+
+    def prepend(self, name: str, x: Tensor) -> Tensor:
+        """x with the two frames before it, the first frame repeated at the start of the clip; keeps x's last two."""
+        before = self.frames[name] if name in self.frames else x[:, :, :1].expand(-1, -1, CACHED_FRAMES, -1, -1)
+        padded = torch.cat([before, x], dim=2)
+        self.frames[name] = padded[:, :, -CACHED_FRAMES:]
+        return padded
+
+
+class VaeDecoder(nn.Module):
+    """Latents → frames in [−1, 1] (not clamped)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        deepest = len(config.ch_mult) - 1
+        channels = config.ch * config.ch_mult[deepest]
+        self.conv_in = CausalConv3d(config.z_channels, channels)
+        self.mid = nn.ModuleDict(
+            {name: ResnetBlock(channels, channels, config.z_channels) for name in ("block_1", "block_2")}
+        )
+        levels = []
+        for level in range(deepest, -1, -1):
+            out_channels = config.ch * config.ch_mult[level]
+            doubles_time = level > deepest - config.temporal_levels
+            levels.append(UpLevel(config, channels, out_channels, upsamples=level > 0, doubles_time=doubles_time))
+            channels = out_channels
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = SpatialNorm(channels, config.z_channels)
+        self.conv_out = CausalConv3d(channels, config.out_ch)
+        for name, module in self.named_modules():
+            if isinstance(module, CausalConv3d):
+                module.name = name
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Frames of each window of a clip of latents as the transformer leaves them, in order."""
+        cache = ConvCache()
+        for window in windows(latents.shape[2], self.config.temporal_window):
+            yield self(latents[:, :, window] / self.config.scale_factor, cache)
+
+    def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
+        """Decodes one window of scaled latents; `cache` is read and updated."""
+        x = self.conv_in(z, cache)
+        x = self.mid["block_1"](x, z, cache)
+        x = self.mid["block_2"](x, z, cache)
+        for level in reversed(self.up):
+            x = level(x, z, cache)
+        frames: Tensor = self.conv_out(functional.silu(self.norm_out(x, z)), cache)
+        return frames
+
+
+def windows(num_frames: int, size: int) -> Iterator[slice]:
+    """Cuts a clip of latent frames for decoding: the first window has one frame more than the others."""
+    if num_frames < 1 + size or (num_frames - 1) % size:
+        raise ValueError(f"{num_frames} latent frames are not one more than a multiple of {size}")
+    yield slice(0, 1 + size)
+    for start in range(1 + size, num_frames, size):
+        yield slice(start, start + size)
+
+
+class CausalConv3d(nn.Module):
+    """3x3x3 convolution that sees two frames back and none ahead; space is padded with zeros."""
+
+    name: str
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        result: Tensor = self.conv(cache.prepend(self.name, x))
+        return result
+
+
+class PointwiseConv3d(nn.Module):
+    """1x1x1 convolution, named as the checkpoint names it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(x)
+        return result
+
+
+class SpatialNorm(nn.Module):
+    """GroupNorm whose scale and shift are read from the latents at each position."""
+
+    def __init__(self, channels: int, z_channels: int) -> None:
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+        self.conv_y = PointwiseConv3d(z_channels, channels)
+        self.conv_b = PointwiseConv3d(z_channels, channels)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        # A pointwise convolution commutes with a nearest resize, and before it there is less to convolve.
+        size = x.shape[2:]
+        scale, shift = resize_nearest(self.conv_y(z), size), resize_nearest(self.conv_b(z), size)
+        normed: Tensor = self.norm_layer(x)
+        return normed * scale + shift
+
+
+def resize_nearest(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """x at `size` (frames, height, width), by nearest neighbour; of an odd number of frames the first stays single."""
+    frames, height, width = size
+    if frames > 1 and frames % 2:
+        first = functional.interpolate(x[:, :, :1], size=(1, height, width), mode="nearest")
+        rest = functional.interpolate(x[:, :, 1:], size=(frames - 1, height, width), mode="nearest")
+        return torch.cat([first, rest], dim=2)
+    return functional.interpolate(x, size=size, mode="nearest")
+
+
+class ResnetBlock(nn.Module):
+    """Norm, swish and convolution, twice, around a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, z_channels: int) -> None:
+        super().__init__()
+        self.norm1 = SpatialNorm(in_channels, z_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = SpatialNorm(out_channels, z_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x, z)), cache)
+        h = self.conv2(functional.silu(self.norm2(h, z)), cache)
+        result: Tensor = self.nin_shortcut(x) + h
+        return result
+
+
+class UpLevel(nn.Module):
+    """The residual blocks of one resolution, then the step up to the next."""
+
+    def __init__(
+        self, config: VaeConfig, in_channels: int, out_channels: int, *, upsamples: bool, doubles_time: bool
+    ) -> None:
+        super().__init__()
+        sizes = [in_channels, *[out_channels] * config.num_res_blocks]
+        self.block = nn.ModuleList(ResnetBlock(size, out_channels, config.z_channels) for size in sizes)
+        self.upsample = Upsample(out_channels, doubles_time) if upsamples else None
+
+    def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:
+        for block in self.block:
+            x = block(x, z, cache)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and time where asked; then a 3x3 convolution of each frame."""
+
+    def __init__(self, channels: int, doubles_time: bool) -> None:
+        super().__init__()
+        self.doubles_time = doubles_time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, height, width = x.shape[2:]
+        if self.doubles_time:
+            frames = 2 * frames - frames % 2  # the first frame of a clip stays single
+        x = resize_nearest(x, (frames, 2 * height, 2 * width))
+        per_frame: Tensor = self.conv(x.transpose(1, 2).flatten(0, 1))
+        return per_frame.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -1,0 +1,184 @@
+"""Sizes of the model, as data: what a checkpoint, a preset or a bundle has to state.
+
+Every struct is frozen and checks itself when it is made, so a config that exists is a config that fits.
+Published sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
+"""
+
+from typing import Literal
+
+from msgspec import Struct, field
+
+from ttt_video_engine.runtime.errors import ConfigError
+
+TTTKind = Literal["linear", "mlp"]
+
+SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}
+"""Length name → number of scenes; a scene is one 3-second segment."""
+
+
+class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The diffusion transformer with TTT layers.
+
+    `mini_batch_size` is the number of tokens that share one inner gradient step, `ttt_base_lr` the inner learning rate
+    before its learned gate. One attention segment is `attn_length` + `prefix_temporal_length` latent frames, the last
+    of which the next segment starts with.
+    """
+
+    ttt: TTTKind
+    model_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int
+    time_embed_dim: int
+    mini_batch_size: int
+    ttt_base_lr: float
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: int = 2
+    attn_length: int = 12
+    prefix_temporal_length: int = 1
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name in ("model_dim", "num_heads", "num_layers", "text_dim", "time_embed_dim", "mini_batch_size"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        divides = self.model_dim % self.num_heads == 0
+        _require(divides, "num_heads", self.num_heads, f"must divide model_dim {self.model_dim}")
+        # Rotary embedding gives d/4 channels to time and 3d/8 to each of height and width, in pairs.
+        _require(self.head_dim % 16 == 0, "model_dim / num_heads", self.head_dim, "must be a multiple of 16")
+        prefix = self.prefix_temporal_length
+        fits = 0 < prefix <= self.attn_length
+        _require(fits, "prefix_temporal_length", prefix, f"must lie in 1 … attn_length ({self.attn_length})")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+class VaeConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The causal 3D-VAE decoder.
+
+    Latents are divided by `scale_factor` before decoding. Every level but one doubles height and width, the
+    `temporal_levels` deepest of them time as well. One step of decoding takes `temporal_window` latent frames, the
+    first step one more.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 3
+    z_channels: int = 16
+    out_ch: int = 3
+    scale_factor: float = 0.7
+    temporal_levels: int = 2
+    temporal_window: int = 2
+
+    def __post_init__(self) -> None:
+        for mult in self.ch_mult:
+            channels = self.ch * mult
+            _require(channels % 32 == 0, "ch x ch_mult", channels, "must be a multiple of the 32 norm groups")
+        _require(self.scale_factor > 0, "scale_factor", self.scale_factor, "must be positive")
+        levels = self.temporal_levels
+        _require(0 <= levels < len(self.ch_mult), "temporal_levels", levels, "at most one per upsampling level")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position along one axis."""
+        return 1 << (len(self.ch_mult) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Video frames per latent frame, after the first."""
+        return 1 << self.temporal_levels
+
+
+class TextEncoderConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """T5 v1.1 encoder. `vocab_size` counts the tokenizer's own tokens and the two scene tokens that follow them."""
+
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    vocab_size: int = 32102
+
+
+class DiffusionConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Training noise schedule: beta linear in its square root, then a shift of the signal-to-noise ratio."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    num_train_timesteps: int = 1000
+    shift_scale: float = 1.0
+
+
+class ClipSize(Struct, frozen=True, kw_only=True):
+    """One clip as the transformer sees it: frames, height and width are those of the latent."""
+
+    num_scenes: int
+    num_frames: int
+    height: int
+    width: int
+    text_length: int
+
+    def num_tokens(self, patch_size: int) -> int:
+        """Length of the token sequence: all text, then all video patches."""
+        tokens_per_frame = (self.height // patch_size) * (self.width // patch_size)
+        return self.num_scenes * self.text_length + self.num_frames * tokens_per_frame
+
+
+class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that fixes the three components and the clips they make.
+
+    `width` and `height` are pixels of the video, `text_lengths` the tokens kept per scene for each length name.
+    """
+
+    name: str
+    width: int
+    height: int
+    text_lengths: dict[str, int]
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        patch, factor = self.transformer.patch_size, self.vae.spatial_factor
+        for name, pixels in (("width", self.width), ("height", self.height)):
+            step = patch * factor
+            nearest = max(step, round(pixels / step) * step)
+            cure = f"must be a multiple of {step} (patch {patch} x VAE {factor}), such as {nearest}"
+            _require(pixels > 0 and pixels % step == 0, name, pixels, cure)
+        text_dim, d_model = self.transformer.text_dim, self.text_encoder.d_model
+        _require(text_dim == d_model, "transformer.text_dim", text_dim, f"must equal text_encoder.d_model {d_model}")
+        channels, z = self.transformer.in_channels, self.vae.z_channels
+        _require(channels == z, "transformer.in_channels", channels, f"must equal vae.z_channels {z}")
+        for length in self.text_lengths:
+            self.clip_size(length)
+
+    def clip_size(self, length: str) -> ClipSize:
+        """The clip of a length name such as "9s". Raises ConfigError where its tokens do not divide."""
+        transformer = self.transformer
+        known = length in self.text_lengths and length in SCENES_PER_LENGTH
+        _require(known, "length", length, f"must be one of {', '.join(SCENES_PER_LENGTH)}")
+        num_scenes = SCENES_PER_LENGTH[length]
+        size = ClipSize(
+            num_scenes=num_scenes,
+            num_frames=transformer.attn_length * num_scenes + transformer.prefix_temporal_length,
+            height=self.height // self.vae.spatial_factor,
+            width=self.width // self.vae.spatial_factor,
+            text_length=self.text_lengths[length],
+        )
+        tokens, mini_batch = size.num_tokens(transformer.patch_size), transformer.mini_batch_size
+        cure = f"must be a multiple of mini_batch_size {mini_batch}; change text_lengths.{length}, width or height"
+        _require(tokens % mini_batch == 0, f"tokens of a {length} video", tokens, cure)
+        return size
+
+    def num_video_frames(self, size: ClipSize) -> int:
+        """Decoded frames of a clip: one for the first latent frame, `temporal_factor` for every other."""
+        return 1 + self.vae.temporal_factor * (size.num_frames - 1)
+
+
+def _require(condition: bool, name: str, value: object, cure: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}: {cure}")

@@ -1,0 +1,40 @@
+"""What can go wrong, as a few classes: the message is one line that says what, where and what to do.
+
+`cli.py` is the one place that turns them into output; `exit_code` is what it ends with.
+"""
+
+
+class TTTVideoError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(TTTVideoError, ValueError):
+    """A size or setting that the model cannot have. A ValueError too, so that msgspec adds the path of the field."""
+
+
+class StoryboardError(TTTVideoError):
+    """A storyboard that cannot be rendered; names file, line, video, scene and field."""
+
+
+class BundleError(TTTVideoError):
+    """A bundle that is incomplete, damaged, too new, or not made for what is asked of it."""
+
+
+class CheckpointError(TTTVideoError):
+    """Weights that do not fit the model, or a file that is not what it claims to be."""
+
+
+class EngineError(TTTVideoError):
+    """A graph that does not load, or inputs that do not match it."""
+
+
+class OutputError(TTTVideoError):
+    """A place that cannot be written: it exists already, or the disk is full."""
+
+
+class CheckFailed(TTTVideoError):
+    """A check that ran and did not hold, such as parity over tolerance."""
+
+    exit_code = 1

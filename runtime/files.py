@@ -1,0 +1,52 @@
+"""Files that are either whole or not there: written beside their target, then renamed."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ttt_video_engine.runtime.errors import OutputError
+
+
+@contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Gives a path beside `target` to write to, and renames it to `target` when the block ends well.
+
+    Whatever ends the block otherwise, ctrl-C too, removes what was written. A full disk or a folder that cannot be
+    written becomes an OutputError that names the target.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial{target.suffix}")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns what the system says when it cannot write into an OutputError about `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing_parent(target)).free
+            raise OutputError(f"{target}: the disk is full ({free >> 20} MiB free); free some space, run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise OutputError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())

@@ -33,8 +33,8 @@ class SeqModelingBlock(nn.Module):
         text, video = self._split(self.ssm(attended, layout), layout)
         out = attended + torch.cat([self.forward_ssm_gating_text(text), self.forward_ssm_gating_video(video)], dim=1)
 
-        order = layout.reversed_order()
-        backward = self.ssm(out.index_select(1, order), layout).index_select(1, order.argsort())
+        order = layout.reversed_order
+        backward = self.ssm(out.index_select(1, order), layout).index_select(1, order)
         text, video = self._split(backward, layout)
         return out + torch.cat([self.backward_ssm_gating_text(text), self.backward_ssm_gating_video(video)], dim=1)
 
@@ -43,7 +43,7 @@ class SeqModelingBlock(nn.Module):
         text, video = self._split(x_BLD, layout)
         text_BSND = text.unflatten(1, (layout.num_scenes, layout.text_length))
         video_BTPD = video.unflatten(1, (layout.num_frames, layout.tokens_per_frame))
-        frames = layout.segment_frames()
+        frames = layout.segment_frames
         segments = video_BTPD.index_select(1, frames.flatten()).unflatten(1, frames.shape)
         out_BSMD = self._attention(torch.cat([text_BSND, segments.flatten(2, 3)], dim=2), layout)
 
@@ -53,15 +53,16 @@ class SeqModelingBlock(nn.Module):
 
     def _attention(self, x_BSMD: Tensor, layout: TokenLayout) -> Tensor:
         """Softmax attention over M, every segment on its own; rotary positions restart in each."""
+        x_SMD = x_BSMD.flatten(0, 1)
         q, k, v = (
-            project(x_BSMD).unflatten(-1, (self.config.num_heads, -1)).transpose(2, 3)
+            project(x_SMD).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
-        angles = layout.segment_angles()
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        rotation = layout.segment_rotation
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         out = functional.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.o(out.transpose(2, 3).flatten(3))
-        return projected
+        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return projected.unflatten(0, (-1, layout.num_scenes))
 
     def _merge_segments(self, segments_BSTPD: Tensor) -> Tensor:
         """Lays the segments end to end, each one's first frames averaged with the last of the segment before."""

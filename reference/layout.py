@@ -1,11 +1,12 @@
 """Where the tokens of a clip stand: text scene by scene, then video patches in (t, y, x) order."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ttt_video_engine.reference.rope import rotary_angles
+from ttt_video_engine.reference.rope import Rotation, rotary_angles
 from ttt_video_engine.runtime.config import TransformerConfig
 
 
@@ -13,7 +14,8 @@ from ttt_video_engine.runtime.config import TransformerConfig
 class TokenLayout:
     """Sizes and static index tables of one clip; `height` and `width` count patches.
 
-    Index tables say for each place of a new order which token of the standard order stands there.
+    Index tables say for each place of a new order which token of the standard order stands there. All tables are made
+    once, for every layer to share.
     """
 
     config: TransformerConfig
@@ -35,36 +37,66 @@ class TokenLayout:
     def num_tokens(self) -> int:
         return self.num_text_tokens + self.num_frames * self.tokens_per_frame
 
+    @cached_property
     def segment_frames(self) -> Tensor:
         """[S, frames of a segment]: the latent frames each scene attends to; neighbours share the prefix frames."""
         starts = torch.arange(self.num_scenes) * self.config.attn_length
         return starts[:, None] + torch.arange(self.config.attn_length + self.config.prefix_temporal_length)
 
-    def segment_angles(self) -> Tensor:
-        """Rotary angles of one attention segment, zero (no rotation) for its text: [tokens of a segment, d/2]."""
+    @cached_property
+    def segment_rotation(self) -> Rotation:
+        """Rotary embedding of one attention segment; its text is not turned."""
         num_frames = self.config.attn_length + self.config.prefix_temporal_length
-        return self._angles(self.text_length, num_frames)
+        return self._rotation(self.text_length, num_frames)
 
-    def clip_angles(self) -> Tensor:
-        """Rotary angles of the whole clip, zero for its text: [L, d/2]."""
-        return self._angles(self.num_text_tokens, self.num_frames)
+    @cached_property
+    def clip_rotation(self) -> Rotation:
+        """Rotary embedding of the whole clip; its text is not turned."""
+        return self._rotation(self.num_text_tokens, self.num_frames)
 
+    @cached_property
     def reversed_order(self) -> Tensor:
-        """[L]: scenes of text back to front, each still read forwards; video tokens back to front one by one."""
+        """[L]: scenes of text back to front, each still read forwards; video tokens back to front one by one.
+
+        Its own inverse.
+        """
         text = torch.arange(self.num_text_tokens).view(self.num_scenes, self.text_length).flip(0).flatten()
         video = torch.arange(self.num_text_tokens, self.num_tokens).flip(0)
         return torch.cat([text, video])
 
+    @cached_property
     def interleaved_order(self) -> Tensor:
         """[L]: text of scene 0, its video, text of scene 1, its video, … The first scene also has the prefix frames."""
-        prefix = self.config.prefix_temporal_length * self.tokens_per_frame
-        text = torch.arange(self.num_text_tokens).view(self.num_scenes, self.text_length)
-        video = torch.arange(self.num_text_tokens, self.num_tokens)
-        rest = video[prefix:].view(self.num_scenes, -1)
-        first = torch.cat([text[0], video[:prefix], rest[0]])
-        return torch.cat([first, torch.cat([text, rest], dim=1)[1:].flatten()])
+        text, prefix, rest = self._scenes(torch.arange(self.num_tokens))
+        later_scenes = torch.cat([text[1:], rest[1:]], dim=1).flatten()
+        return torch.cat([text[0], prefix, rest[0], later_scenes])
 
-    def _angles(self, num_text_tokens: int, num_frames: int) -> Tensor:
+    @cached_property
+    def standard_order(self) -> Tensor:
+        """[L]: the inverse of `interleaved_order`."""
+        first = self.text_length + self._num_prefix_tokens + self._num_scene_tokens
+        places = torch.arange(self.num_tokens)
+        text, prefix, rest = places[:first].split([self.text_length, self._num_prefix_tokens, self._num_scene_tokens])
+        later_scenes = places[first:].view(self.num_scenes - 1, -1)
+        later_text, later_rest = later_scenes.split([self.text_length, self._num_scene_tokens], dim=1)
+        return torch.cat([text, later_text.flatten(), prefix, rest, later_rest.flatten()])
+
+    @property
+    def _num_prefix_tokens(self) -> int:
+        return self.config.prefix_temporal_length * self.tokens_per_frame
+
+    @property
+    def _num_scene_tokens(self) -> int:
+        return self.config.attn_length * self.tokens_per_frame
+
+    def _scenes(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Text by scene, the prefix frames and the other video by scene, of [L] in standard order."""
+        sizes = [self.num_text_tokens, self._num_prefix_tokens, self.num_scenes * self._num_scene_tokens]
+        text, prefix, rest = tokens.split(sizes)
+        return text.view(self.num_scenes, -1), prefix, rest.view(self.num_scenes, -1)
+
+    def _rotation(self, num_text_tokens: int, num_frames: int) -> Rotation:
         config = self.config
         video = rotary_angles(num_frames, self.height, self.width, config.head_dim, config.rope_theta)
-        return torch.cat([torch.zeros(num_text_tokens, config.head_dim // 2), video])
+        angles = torch.cat([torch.zeros(num_text_tokens, config.head_dim // 2), video])
+        return angles.cos(), angles.sin()

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of L tokens, [L, d/2] each."""
+
 
 def rotary_angles(num_frames: int, height: int, width: int, head_dim: int, theta: float) -> Tensor:
     """Angles [T·height·width, head_dim/2] of the patches of a clip in (t, y, x) order, positions counted from 0.
@@ -18,9 +21,9 @@ def rotary_angles(num_frames: int, height: int, width: int, head_dim: int, theta
     return torch.cat([t, y, x], dim=-1).flatten(0, 2)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of x [..., L, d] by its angle [L, d/2]."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns each pair of neighbouring channels of x [..., L, d]."""
+    cos, sin = (table.to(x.dtype) for table in rotation)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 

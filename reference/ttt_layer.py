@@ -43,14 +43,13 @@ class TTTLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
         q, k, v = (self._split_heads(project(x_BLD)) for project in (self.wq, self.wk, self.wv))
-        angles = layout.clip_angles()
-        q = rotate(functional.normalize(q, dim=-1), angles)
-        k = rotate(functional.normalize(k, dim=-1), angles)
+        q = rotate(functional.normalize(q, dim=-1), layout.clip_rotation)
+        k = rotate(functional.normalize(k, dim=-1), layout.clip_rotation)
         v = self._reconstruction_target(k, v)
         eta = self._learning_rates(x_BLD)
 
         if layout.num_scenes > 1:
-            order = layout.interleaved_order()
+            order = layout.interleaved_order
             q, k, v = (stream.index_select(2, order) for stream in (q, k, v))
             # As trained: learning rates are cut into mini-batches before the scenes are interleaved. A mini-batch of
             # the interleaved sequence then takes all the rates of the one its last token was in before.
@@ -62,7 +61,7 @@ class TTTLayer(nn.Module):
         out_BLD = out.flatten(2, 3).transpose(1, 2).flatten(2)
         out_BLD = self.wo(self.post_norm(out_BLD))
         if layout.num_scenes > 1:
-            out_BLD = out_BLD.index_select(1, order.argsort())
+            out_BLD = out_BLD.index_select(1, layout.standard_order)
         return out_BLD
 
     def _split_heads(self, x_BLD: Tensor) -> Tensor:
@@ -76,10 +75,11 @@ class TTTLayer(nn.Module):
         return self.ttt_norm_weight.unsqueeze(1) * normalised + self.ttt_norm_bias.unsqueeze(1) + k_BHLF
 
     def _learning_rates(self, x_BLD: Tensor) -> Tensor:
-        """Learned step size of every token and head, cut into mini-batches: [B, H, N, C]."""
+        """Learned step size of every token and head, cut into mini-batches: [B, H, N, C], float32."""
         config = self.config
-        logits_BLH = functional.linear(x_BLD, self.learnable_ttt_lr_weight.squeeze(1))
-        gate_BHL = torch.sigmoid(logits_BLH.transpose(1, 2) + self.learnable_ttt_lr_bias)
+        logits_BHL = functional.linear(x_BLD, self.learnable_ttt_lr_weight.squeeze(1)).transpose(1, 2)
+        # About 1e-5 at full size, which float16 holds to one digit.
+        gate_BHL = torch.sigmoid((logits_BHL + self.learnable_ttt_lr_bias).float())
         eta = config.ttt_base_lr * gate_BHL / config.head_dim / config.mini_batch_size
         return eta.unflatten(2, (-1, config.mini_batch_size))
 

@@ -1,0 +1,1 @@
+"""Runs graphs: the implementations of `runtime.engine.Engine`. Never torch."""

@@ -1,0 +1,92 @@
+"""From a module to an ONNX graph with stable weight names."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from ttt_video_engine.export.ttt_op import add_function_body, scans_as_nodes
+from ttt_video_engine.export.weights import WeightFile
+from ttt_video_engine.runtime.config import TTTKind
+
+OPSET = 20
+"""Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""
+
+FOLD_LIMIT = 1024
+"""Bytes. Shapes and axes are folded into the graph; tables that grow with the clip are left for the runtime to fold."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An example input and the names of its free axes."""
+
+    name: str
+    example: Tensor
+    free_axes: dict[int, str]
+
+
+def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], ttt: TTTKind | None) -> ir.Model:
+    """`module` as an ONNX graph of standard operators and TTT nodes; weights keep their names in the module."""
+    axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
+    nodes = nullcontext() if ttt is None else scans_as_nodes(module, ttt)
+    shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
+    with _quiet(), torch.no_grad(), nodes:
+        program = torch.onnx.export(
+            module,
+            tuple(spec.example for spec in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=list(outputs),
+            dynamic_shapes=shapes if axes else None,
+            optimize=False,
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("the exporter returned no program")
+        model = program.model
+        weights = set(module.state_dict())
+        optimizer.optimize_ir(
+            model,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=lambda node: False if any(v is not None and v.name in weights for v in node.inputs) else None,
+        )
+    model.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
+    return model
+
+
+def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None = None) -> None:
+    """Writes the graph beside its weights, with the body of its TTT nodes where it has some. Checked by onnx."""
+    weights.attach(model)
+    proto = ir.to_proto(model)
+    if ttt is not None:
+        add_function_body(proto, ttt)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of packages that are not needed here; its errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

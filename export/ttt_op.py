@@ -1,0 +1,232 @@
+"""The TTT scan as an ONNX operator: one node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and a body any runtime can run.
+
+The node is what a plugin replaces. Its body, an ONNX function of the same name, computes the recurrence of
+`reference/ttt.py` in the order that costs a runtime the fewest operators per mini-batch: all that does not depend on the
+inner weights is done for the whole sequence before the loop (targets) or after it (the norm of what queries read).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+import onnx.parser
+import torch
+from torch import Tensor, nn
+
+from ttt_video_engine.reference.ttt_layer import TTTLayer
+from ttt_video_engine.runtime.config import TTTKind
+
+DOMAIN = "ai.ttt"
+VERSION = 1
+OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
+
+
+@contextmanager
+def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
+    """Within the block every TTT layer of `module` traces to one custom node instead of its scan."""
+
+    def scan(queries: Tensor, *rest: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OP_TYPES[kind]}", (queries, *rest), dtype=queries.dtype, shape=queries.shape, version=VERSION
+        )
+
+    layers = [layer for layer in module.modules() if isinstance(layer, TTTLayer)]
+    for layer in layers:
+        layer.scan = scan
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.scan  # the class's own again
+
+
+def function_body(kind: TTTKind, opset: int) -> onnx.FunctionProto:
+    """The function of the node, in standard operators of `opset`, which must be the model's."""
+    function = onnx.parser.parse_function({"linear": _LINEAR, "mlp": _MLP}[kind])
+    function.opset_import.append(onnx.helper.make_opsetid("", opset))
+    return function
+
+
+def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
+    """Gives a model with TTT nodes the function that runs them."""
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    model.functions.append(function_body(kind, opset))
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+
+
+# Before the loop. XK_T is K with its last two axes swapped, `target` is γ·(v − k − β), so that the gradient of the inner
+# loss at the normalised output x̂ is γ²·x̂ − target. Weights may come with or without a batch axis.
+_PROLOGUE = """
+    Q = Cast <to = 1> (XQ)
+    K = Cast <to = 1> (XK)
+    V = Cast <to = 1> (XV)
+    K_T = Transpose <perm = [0, 1, 2, 4, 3]> (K)
+    last_axis = Constant <value_ints = [-1]> ()
+    token_axis = Constant <value_ints = [-2]> ()
+    row_axes = Constant <value_ints = [1, 2]> ()
+    eta_rate = Cast <to = 1> (eta)
+    rate = Unsqueeze (eta_rate, last_axis)
+    norm_weight_32 = Cast <to = 1> (norm_weight)
+    norm_bias_32 = Cast <to = 1> (norm_bias)
+    gamma_all = Unsqueeze (norm_weight_32, row_axes)
+    beta_all = Unsqueeze (norm_bias_32, row_axes)
+    V_minus_K = Sub (V, K)
+    residual = Sub (V_minus_K, beta_all)
+    target_all = Mul (residual, gamma_all)
+    one_axis = Constant <value_ints = [1]> ()
+    gamma = Unsqueeze (norm_weight_32, one_axis)
+    gamma_squared = Mul (gamma, gamma)
+    batch_and_heads = Shape <start = 0, end = 2> (XQ)
+    num_mini_batches = Shape <start = 2, end = 3> (XQ)
+    head_dim = Shape <start = 4, end = 5> (XQ)
+    unit = ConstantOfShape <value = float[1] {1.0}> (head_dim)
+    go_on = Constant <value = bool {1}> ()
+"""
+
+# One mini-batch. From z, the inner model's output for k, to `step`, its gradient times the learning rate of each token:
+# the backward pass of LayerNorm.
+_INNER_GRADIENT = """
+      normalised, mean, inverse_std = LayerNormalization <axis = -1, epsilon = 1e-6> (z, unit)
+      scaled = Mul (gamma_squared, normalised)
+      grad = Sub (scaled, target)
+      grad_mean = ReduceMean (grad, last_axis)
+      grad_along = Mul (grad, normalised)
+      along_mean = ReduceMean (grad_along, last_axis)
+      along = Mul (normalised, along_mean)
+      without_mean = Sub (grad, grad_mean)
+      projected = Sub (without_mean, along)
+"""
+
+# After the loop: q + LN(f(q)) for all queries at once.
+_EPILOGUE = """
+    read = Transpose <perm = [1, 2, 0, 3, 4]> (z_read)
+    read_normalised = LayerNormalization <axis = -1, epsilon = 1e-6> (read, unit)
+    read_scaled = Mul (read_normalised, gamma_all)
+    read_shifted = Add (read_scaled, beta_all)
+    result = Add (Q, read_shifted)
+    XQW = CastLike (result, XQ)
+"""
+
+_LINEAR = f"""
+<domain: "{DOMAIN}", opset_import: []>
+TTTLinear (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1) => (XQW)
+{{
+{_PROLOGUE}
+    W1_32 = Cast <to = 1> (W1)
+    b1_32 = Cast <to = 1> (b1)
+    W1_size = Shape <start = -2> (W1)
+    b1_size = Shape <start = -2> (b1)
+    W1_shape = Concat <axis = 0> (batch_and_heads, W1_size)
+    b1_shape = Concat <axis = 0> (batch_and_heads, b1_size)
+    W1_first = Expand (W1_32, W1_shape)
+    b1_first = Expand (b1_32, b1_shape)
+    W1_last, b1_last, z_read = Loop (num_mini_batches, go_on, W1_first, b1_first) <body = mini_batch (
+      int64 j, bool go, float[B, H, F, F] W, float[B, H, 1, F] b
+    ) => (bool go_next, float[B, H, F, F] W_next, float[B, H, 1, F] b_next, float[B, H, C, F] z_q) {{
+      go_next = Identity (go)
+      k = Gather <axis = 2> (K, j)
+      k_T = Gather <axis = 2> (K_T, j)
+      q = Gather <axis = 2> (Q, j)
+      target = Gather <axis = 2> (target_all, j)
+      rate_j = Gather <axis = 2> (rate, j)
+      kW = MatMul (k, W)
+      z = Add (kW, b)
+{_INNER_GRADIENT}
+      rate_over_std = Mul (rate_j, inverse_std)
+      step = Mul (projected, rate_over_std)
+      W_step = MatMul (k_T, step)
+      W_next = Sub (W, W_step)
+      b_step = ReduceSum (step, token_axis)
+      b_next = Sub (b, b_step)
+      qW = MatMul (q, W_next)
+      z_q = Add (qW, b_next)
+    }}>
+{_EPILOGUE}
+}}
+"""
+
+_MLP = f"""
+<domain: "{DOMAIN}", opset_import: []>
+TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
+{{
+{_PROLOGUE}
+    W1_32 = Cast <to = 1> (W1)
+    b1_32 = Cast <to = 1> (b1)
+    W2_32 = Cast <to = 1> (W2)
+    b2_32 = Cast <to = 1> (b2)
+    W1_size = Shape <start = -2> (W1)
+    b1_size = Shape <start = -2> (b1)
+    W2_size = Shape <start = -2> (W2)
+    b2_size = Shape <start = -2> (b2)
+    W1_shape = Concat <axis = 0> (batch_and_heads, W1_size)
+    b1_shape = Concat <axis = 0> (batch_and_heads, b1_size)
+    W2_shape = Concat <axis = 0> (batch_and_heads, W2_size)
+    b2_shape = Concat <axis = 0> (batch_and_heads, b2_size)
+    W1_first = Expand (W1_32, W1_shape)
+    b1_first = Expand (b1_32, b1_shape)
+    W2_first = Expand (W2_32, W2_shape)
+    b2_first = Expand (b2_32, b2_shape)
+    half = Constant <value_float = 0.5> ()
+    one = Constant <value_float = 1.0> ()
+    sqrt_2_over_pi = Constant <value_float = 0.79788456> ()
+    cubic = Constant <value_float = 0.044715> ()
+    cubic_slope = Constant <value_float = 0.1070322243> ()
+    W1_last, b1_last, W2_last, b2_last, z_read =
+      Loop (num_mini_batches, go_on, W1_first, b1_first, W2_first, b2_first) <body = mini_batch (
+      int64 j, bool go, float[B, H, F, K] W1_j, float[B, H, 1, K] b1_j, float[B, H, K, F] W2_j, float[B, H, 1, F] b2_j
+    ) => (
+      bool go_next,
+      float[B, H, F, K] W1_next, float[B, H, 1, K] b1_next, float[B, H, K, F] W2_next, float[B, H, 1, F] b2_next,
+      float[B, H, C, F] z_q
+    ) {{
+      go_next = Identity (go)
+      k = Gather <axis = 2> (K, j)
+      k_T = Gather <axis = 2> (K_T, j)
+      q = Gather <axis = 2> (Q, j)
+      target = Gather <axis = 2> (target_all, j)
+      rate_j = Gather <axis = 2> (rate, j)
+      kW1 = MatMul (k, W1_j)
+      z1 = Add (kW1, b1_j)
+      z1_squared = Mul (z1, z1)
+      z1_cubic = Mul (z1_squared, cubic)
+      z1_bracket = Add (z1_cubic, one)
+      z1_linear = Mul (z1, sqrt_2_over_pi)
+      tanh_argument = Mul (z1_linear, z1_bracket)
+      tanh = Tanh (tanh_argument)
+      one_plus_tanh = Add (tanh, one)
+      cdf = Mul (one_plus_tanh, half)
+      hidden = Mul (z1, cdf)
+      hW2 = MatMul (hidden, W2_j)
+      z = Add (hW2, b2_j)
+{_INNER_GRADIENT}
+      rate_over_std = Mul (rate_j, inverse_std)
+      step2 = Mul (projected, rate_over_std)
+      W2_T = Transpose <perm = [0, 1, 3, 2]> (W2_j)
+      step_hidden = MatMul (step2, W2_T)
+      one_minus_tanh = Sub (one, tanh)
+      slope_tanh = Mul (cdf, one_minus_tanh)
+      slope_cubic = Mul (z1_squared, cubic_slope)
+      slope_inner = Add (slope_cubic, sqrt_2_over_pi)
+      slope_outer = Mul (z1, slope_inner)
+      slope_product = Mul (slope_tanh, slope_outer)
+      gelu_slope = Add (slope_product, cdf)
+      step1 = Mul (step_hidden, gelu_slope)
+      W1_step = MatMul (k_T, step1)
+      W1_next = Sub (W1_j, W1_step)
+      b1_step = ReduceSum (step1, token_axis)
+      b1_next = Sub (b1_j, b1_step)
+      hidden_T = Transpose <perm = [0, 1, 3, 2]> (hidden)
+      W2_step = MatMul (hidden_T, step2)
+      W2_next = Sub (W2_j, W2_step)
+      b2_step = ReduceSum (step2, token_axis)
+      b2_next = Sub (b2_j, b2_step)
+      qW1 = MatMul (q, W1_next)
+      q1 = Add (qW1, b1_next)
+      q_hidden = Gelu <approximate = "tanh"> (q1)
+      qW2 = MatMul (q_hidden, W2_next)
+      z_q = Add (qW2, b2_next)
+    }}>
+{_EPILOGUE}
+}}
+"""

@@ -1,0 +1,191 @@
+"""The bundle: the one artefact between `export` and `sample`, a folder that `bundle.json` describes whole.
+
+Nothing in a bundle is trusted: names stay inside the folder, bytes must have their digest, and the graphs must have the
+shapes that the model's config calls for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+from msgspec import Struct, field
+
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.engine import TensorSpec
+from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.files import sha256_of
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+TEXT_ENCODER, VAE_FIRST, VAE_NEXT = "text_encoder", "vae_decoder-first", "vae_decoder-next"
+
+DType = Literal["float32", "float16"]
+
+
+def transformer_graph(length: str) -> str:
+    """Name of the transformer's graph for a length such as "9s"."""
+    return f"transformer-{length}"
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and digest of one file of the bundle."""
+
+    sha256: str
+    size: int
+
+
+class ParityCheck(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a graph was from the reference on one set of inputs, relative to the largest reference value."""
+
+    inputs: str
+    max_error: float
+    mean_error: float
+    tolerance: float
+
+
+class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One ONNX graph: its file and weights, what it takes and gives, how it did in parity, what it was built from."""
+
+    file: str
+    weights: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: tuple[ParityCheck, ...]
+    key: dict[str, str]
+
+
+class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `sample` uses where nothing else is asked for."""
+
+    num_steps: int = 50
+    guidance_scale: float = 6.0
+    guidance: str = "dynamic"
+    sampler: str = "ddim"
+    fps: int = 16
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The content of `bundle.json`."""
+
+    format_version: int = FORMAT_VERSION
+    model: ModelConfig
+    dtype: DType
+    opset: int
+    lengths: tuple[str, ...]
+    graphs: dict[str, GraphEntry]
+    tokenizer_key: dict[str, str]
+    files: dict[str, FileEntry]
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    tools: dict[str, str] = field(default_factory=dict)
+
+
+class _Version(Struct):
+    format_version: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `verify` before use: opening reads the manifest only."""
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def sha256(self) -> str:
+        """Digest of `bundle.json`, which holds those of all other files."""
+        return sha256_of(self.root / MANIFEST)
+
+    def graph(self, name: str) -> GraphEntry:
+        """Raises BundleError where the bundle has no such graph."""
+        try:
+            return self.manifest.graphs[name]
+        except KeyError:
+            raise BundleError(f"{self.root}: has no graph {name}; it has {', '.join(self.manifest.graphs)}") from None
+
+    def path(self, name: str) -> Path:
+        """A file of the bundle by its name in the manifest."""
+        return self.root / name
+
+    def verify(self) -> None:
+        """Raises BundleError for the first file that is missing or is not what was exported."""
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise BundleError(f"{self.root}: {name} is missing; export the bundle again")
+            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+                raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
+
+
+def open_bundle(root: Path) -> Bundle:
+    """Reads and checks the manifest. Raises BundleError naming the folder, the field and the cure."""
+    manifest_path = root / MANIFEST
+    if not manifest_path.is_file():
+        raise BundleError(f"{root}: is not a bundle ({MANIFEST} is missing); make one with ttt-video export")
+    content = manifest_path.read_bytes()
+    try:
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{manifest_path}: format_version is {version}, this program reads up to {FORMAT_VERSION}; "
+                "update ttt-video-engine or export the bundle again"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{manifest_path}: {error}; export the bundle again") from error
+    _check_names(manifest_path, manifest)
+    _check_shapes(manifest_path, manifest)
+    return Bundle(root, manifest)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """`bundle.json` as bytes, indented for people."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _check_names(source: Path, manifest: Manifest) -> None:
+    """Every file stays inside the folder, and every file that is used has a digest."""
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise BundleError(f"{source}: files: {name!r} leads out of the bundle; export the bundle again")
+    used = {name for graph in manifest.graphs.values() for name in (graph.file, graph.weights)} | {TOKENIZER}
+    for name in sorted(used - set(manifest.files)):
+        raise BundleError(f"{source}: files: {name!r} is used but not listed; export the bundle again")
+
+
+def _check_shapes(source: Path, manifest: Manifest) -> None:
+    """Every component is there, and takes what the model's config calls for."""
+    for name, shape in _expected_first_inputs(source, manifest).items():
+        if name not in manifest.graphs:
+            raise BundleError(f"{source}: graphs: {name} is missing; export the bundle again")
+        first = manifest.graphs[name].inputs[0] if manifest.graphs[name].inputs else None
+        if first is None or first.shape != shape:
+            found = "nothing" if first is None else str(first)
+            raise BundleError(
+                f"{source}: graphs.{name}: takes {found}, the model calls for {list(shape)}; export the bundle again"
+            )
+
+
+def _expected_first_inputs(source: Path, manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    model = manifest.model
+    if not manifest.lengths:
+        raise BundleError(f"{source}: lengths: is empty; export the bundle again")
+    expected: dict[str, tuple[int | str, ...]] = {TEXT_ENCODER: ("batch", "tokens")}
+    for length in manifest.lengths:
+        if length not in model.text_lengths:
+            raise BundleError(f"{source}: lengths: {length!r} is unknown; export the bundle again")
+        size = model.clip_size(length)
+        expected[transformer_graph(length)] = ("batch", *latent_shape(model, size))
+    size = model.clip_size(manifest.lengths[0])
+    _, channels, height, width = latent_shape(model, size)
+    window = model.vae.temporal_window
+    expected[VAE_FIRST] = (1, window + 1, channels, height, width)
+    expected[VAE_NEXT] = (1, window, channels, height, width)
+    return expected
+
+
+def latent_shape(model: ModelConfig, size: ClipSize) -> tuple[int, int, int, int]:
+    """(frames, channels, height, width) of a clip's latents."""
+    return size.num_frames, model.transformer.in_channels, size.height, size.width

@@ -1,0 +1,66 @@
+"""What the pipeline asks of an engine: a loaded graph that takes and gives named arrays."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from ttt_video_engine.runtime.errors import EngineError
+
+Array = NDArray[np.generic]
+TensorDType = Literal["float32", "float16", "int64"]
+
+
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Name, dtype and shape of one input or output; an axis with a name instead of a size is free."""
+
+    name: str
+    dtype: TensorDType
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{list(self.shape)}"
+
+    def fits(self, array: Array) -> bool:
+        """Whether an array may be fed to (or come out of) this place."""
+        same_rank = array.ndim == len(self.shape)
+        sizes = zip(self.shape, array.shape, strict=False)
+        return same_rank and array.dtype == self.dtype and all(isinstance(want, str) or want == n for want, n in sizes)
+
+
+class Engine(Protocol):
+    """One graph, loaded. Leaving the `with` block frees what it holds."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name. Raises EngineError where the inputs are not those of the graph."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class EngineLoader(Protocol):
+    """Loads a graph of a bundle by name, such as "transformer-9s"."""
+
+    def __call__(self, graph: str) -> Engine: ...
+
+
+def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, Array]) -> None:
+    """Raises EngineError unless `inputs` are exactly what the graph takes; free axes of one name must agree."""
+    expected = {spec.name for spec in specs}
+    if expected != set(inputs):
+        raise EngineError(f"{graph}: inputs are {sorted(inputs)}; must be {sorted(expected)}")
+    free: dict[str, int] = {}
+    for spec in specs:
+        array = inputs[spec.name]
+        if not spec.fits(array):
+            raise EngineError(f"{graph}: input {spec.name} is {array.dtype}{list(array.shape)}; must be {spec}")
+        for axis, size in zip(spec.shape, array.shape, strict=True):
+            if isinstance(axis, str) and free.setdefault(axis, size) != size:
+                raise EngineError(f"{graph}: input {spec.name} has {size} for {axis}, others have {free[axis]}")

@@ -1,0 +1,112 @@
+"""From a storyboard to the token ids that the text encoder reads. Shapes: S scenes, N tokens kept per scene."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.storyboard import Storyboard
+
+PAD_TOKEN = "<pad>"
+END_TOKEN = "</s>"
+SCENE_END_TOKEN = "<end_scene>"
+SCENE_START_TOKEN = "<start_scene>"
+_CONTROL_TOKENS = (PAD_TOKEN, END_TOKEN, SCENE_END_TOKEN, SCENE_START_TOKEN)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A prompt that is too long: `num_tokens` with its scene tokens and `</s>`, of which `limit` fit.
+
+    `scene` counts from 1, `field` is "text" or "neg_text", `cut_text` is the part of the prompt that is lost.
+    """
+
+    scene: int
+    field: str
+    num_tokens: int
+    limit: int
+    cut_text: str
+
+    @property
+    def message(self) -> str:
+        """One line, with the start of the text that is cut."""
+        cut = textwrap.shorten(self.cut_text, 100, placeholder=" …")
+        return f'scene {self.scene}, {self.field}: {self.num_tokens} tokens, {self.limit} fit; cut: "{cut}"'
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Token ids of a storyboard, int64 [S, N] each, and what did not fit."""
+
+    positive: NDArray[np.int64]
+    negative: NDArray[np.int64]
+    truncations: tuple[Truncation, ...]
+
+
+class SceneTokenizer:
+    """T5's tokenizer with the two scene tokens. Make it with `from_file`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        vocab = tokenizer.get_vocab()
+        missing = [token for token in _CONTROL_TOKENS if token not in vocab]
+        if missing:
+            raise BundleError(f"the tokenizer lacks {', '.join(missing)}; export the bundle again")
+        self._pad, self._end, self._scene_end, self._scene_start = (vocab[token] for token in _CONTROL_TOKENS)
+        # What the file says of lengths would act before the scene tokens are there.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "SceneTokenizer":
+        """Reads a `tokenizer.json`. Raises BundleError if it is unreadable or lacks a token this class needs."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        # The library raises plain Exception for a missing file and for a damaged one.
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise BundleError(f"{path}: cannot be read ({cause}); export the bundle again") from error
+        try:
+            return cls(tokenizer)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from error
+
+    def encode(self, storyboard: Storyboard, text_length: int) -> EncodedPrompts:
+        """Ids of every scene's text and neg_text, cut or padded to N = `text_length` (at least 3).
+
+        A scene with a transition starts with the scene-start token and the one before it ends with the scene-end token;
+        the first scene has nothing to come from. Only positive prompts carry them.
+        """
+        scenes = storyboard.scenes
+        positive = np.full((len(scenes), text_length), self._pad, dtype=np.int64)
+        negative = positive.copy()
+        starts = [False, *(scene.requires_scene_transition for scene in scenes[1:])]
+        ends = [*starts[1:], False]
+        truncations: list[Truncation | None] = []
+        for index, scene in enumerate(scenes):
+            head = [self._scene_start] if starts[index] else []
+            tail = [self._scene_end, self._end] if ends[index] else [self._end]
+            number = index + 1
+            truncations.append(self._fill(positive[index], scene.text, head, tail, number, "text"))
+            truncations.append(self._fill(negative[index], scene.neg_text, [], [self._end], number, "neg_text"))
+        return EncodedPrompts(positive, negative, tuple(cut for cut in truncations if cut is not None))
+
+    def _fill(
+        self, row: NDArray[np.int64], text: str, head: list[int], tail: list[int], scene: int, field: str
+    ) -> Truncation | None:
+        """Writes head, text and tail into a row [N] of padding; the text gives way where they are too long."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        control = (self._pad, self._end, self._scene_end, self._scene_start)
+        # A control token that someone typed into the prose means nothing there.
+        kept = [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True) if i not in control]
+        room = len(row) - len(head) - len(tail)
+        ids = [*head, *(token_id for token_id, _ in kept[:room]), *tail]
+        row[: len(ids)] = ids
+        if len(kept) <= room:
+            return None
+        cut_text = " ".join(text[kept[room][1] :].split())
+        return Truncation(scene, field, len(head) + len(kept) + len(tail), len(row), cut_text)

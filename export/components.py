@@ -5,7 +5,7 @@ runtime needs no other; only the VAE's caches, which no one else reads, have the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from ttt_video_engine.export.graph import Input
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import CausalConv3d, ConvCache, VaeDecoder
-from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, latent_shape
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, VAE_NEXT, latent_shape
+from ttt_video_engine.runtime.bundle import transformer_graph as graph_name
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TTTKind
 
 CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
@@ -34,12 +35,19 @@ class Graph:
     outputs: tuple[str, ...]
     ttt: TTTKind | None = None
 
+    def inputs_as(self, dtype: torch.dtype) -> tuple[Input, ...]:
+        """The inputs as a module of `dtype` takes them: only caches differ."""
+        return tuple(
+            replace(spec, example=spec.example.to(dtype)) if spec.name.startswith(CACHE_IN) else spec
+            for spec in self.inputs
+        )
+
 
 def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:
     """ids [batch, tokens] int64 → embeddings [batch, tokens, d_model]."""
     ids = torch.randint(vocab_size, (2, 24), generator=_generator())
     return Graph(
-        name="text_encoder",
+        name=TEXT_ENCODER,
         file="text_encoder/model.onnx",
         module=TextEncoderGraph(encoder),
         inputs=(Input("ids", ids, {0: "batch", 1: "tokens"}),),
@@ -51,7 +59,7 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
     """latents [batch, T, C, H, W], text [batch, S, N, text_dim], timestep [batch] int64 → velocity like latents."""
     size = model.clip_size(length)
     return Graph(
-        name=f"transformer-{length}",
+        name=graph_name(length),
         file=f"transformer/model-{length}.onnx",
         module=TransformerGraph(transformer),
         inputs=transformer_inputs(size, latent_shape(model, size)[1], model.transformer.text_dim),

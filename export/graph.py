@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -50,16 +51,10 @@ def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], tt
             optimize=False,
             verbose=False,
         )
-        if program is None:
-            raise RuntimeError("the exporter returned no program")
-        model = program.model
-        weights = set(module.state_dict())
-        optimizer.optimize_ir(
-            model,
-            input_size_limit=FOLD_LIMIT,
-            output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: False if any(v is not None and v.name in weights for v in node.inputs) else None,
-        )
+    if program is None:
+        raise RuntimeError("the exporter returned no program")
+    model = program.model
+    _simplify(model, weights=set(module.state_dict()))
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
@@ -74,6 +69,29 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
         add_function_body(proto, ttt)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(path)
+
+
+def _simplify(model: ir.Model, weights: set[str]) -> None:
+    """What `torch.onnx.export` does with optimize=True, but for folding weights, which would lose their names."""
+    passes.InlinePass()(model)
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=FOLD_LIMIT,
+        output_size_limit=FOLD_LIMIT,
+        should_fold=lambda node: False if any(v is not None and v.name in weights for v in node.inputs) else None,
+    )
+    for clean_up in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        clean_up(model)
 
 
 @contextmanager

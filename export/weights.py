@@ -1,6 +1,8 @@
 """One data file of weights that all graphs of a component share."""
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,19 +39,32 @@ class WeightFile:
                 )
 
 
-def write_weights(weights: Mapping[str, Tensor], path: Path) -> WeightFile:
-    """Writes every tensor once, in the order and dtype given; names of the same storage share a place."""
+def weight_file(weights: Mapping[str, Tensor], path: Path, *, write: bool) -> WeightFile:
+    """Lays every tensor out once, in the order and dtype given; names of the same storage share a place.
+
+    Without `write` the file is taken to be there already: the layout depends on the weights alone.
+    """
     places: dict[str, tuple[int, int]] = {}
-    written: dict[tuple[int, torch.Size], str] = {}
-    with path.open("wb") as file:
+    by_storage: dict[tuple[int, torch.Size], tuple[int, int]] = {}
+    end = 0
+    with path.open("wb") if write else nullcontext() as file:
         for name, weight in weights.items():
             storage = (weight.data_ptr(), weight.shape)
-            if storage in written:
-                places[name] = places[written[storage]]
-                continue
-            written[storage] = name
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            offset = file.tell()
-            file.write(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-            places[name] = offset, file.tell() - offset
+            if storage not in by_storage:
+                offset = end + -end % ALIGNMENT
+                by_storage[storage] = offset, weight.nbytes
+                if file is not None:
+                    file.write(b"\0" * (offset - end))
+                    file.write(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+                end = offset + weight.nbytes
+            places[name] = by_storage[storage]
     return WeightFile(path, places)
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -80,8 +80,8 @@ def _train_alpha_sqrt(config: DiffusionConfig) -> NDArray[np.float64]:
 
 
 def _zero_terminal_snr(alpha_sqrt: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shifts falling values so that the last is 0 and scales them so that the first stays (arXiv 2305.08891, alg. 1)."""
-    first, last = alpha_sqrt[0], alpha_sqrt[-1]
+    """Shifts falling values so that the last is 0, scales them so that the first stays (arXiv 2305.08891, alg. 1)."""
+    first, last = float(alpha_sqrt[0]), float(alpha_sqrt[-1])
     # One value is first and last at once, and the scale would be 0 / 0: noise alone is where sampling has to start.
     scale = first / (first - last) if first > last else 0.0
     return (alpha_sqrt - last) * scale

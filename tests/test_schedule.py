@@ -100,7 +100,7 @@ def test_constant_guidance_is_the_scale_throughout() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "upstream", "constant"])
 @pytest.mark.parametrize("scale", [0.5, 0.0, -1.0, 101.0, float("nan"), float("inf")])
 def test_scales_out_of_range_are_refused(kind: Guidance, scale: float) -> None:
-    with pytest.raises(ConfigError, match="guidance scale is .* must lie in 1 … 100"):
+    with pytest.raises(ConfigError, match=r"guidance scale is .* must lie in 1 … 100"):
         guidance_scales(kind, scale, make_schedule(CONFIG, 4).timesteps)
 
 

@@ -83,11 +83,11 @@ def test_the_index_comes_before_the_frames(tmp_path: Path) -> None:
 
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     # Large enough, and moving enough, for the parts of x264 that differ from run to run with its own defaults.
-    frames = moving(30, 720, 480)
+    frames = moving(24, 480, 320)
     digests = set()
     for index in range(3):
         path = tmp_path / f"{index}.mp4"
-        write_mp4(path, [frames[:9], frames[9:]], width=720, height=480, fps=16)
+        write_mp4(path, [frames[:9], frames[9:]], width=480, height=320, fps=16)
         digests.add(sha256_of(path))
     assert len(digests) == 1
 
@@ -149,7 +149,7 @@ def test_no_frames_are_no_video(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fps", [0, 0.5, -16, 240.5, float("nan"), float("inf")])
 def test_rates_out_of_range_are_refused(tmp_path: Path, fps: float) -> None:
-    with pytest.raises(ConfigError, match="fps is .* must lie in 1 … 240"):
+    with pytest.raises(ConfigError, match=r"fps is .* must lie in 1 … 240"):
         write(tmp_path / "video.mp4", moving(1), fps=fps)
 
 

@@ -1,0 +1,63 @@
+"""What a graph was built from, and why it would be built again. Reads no weights and imports no torch."""
+
+import hashlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from ttt_video_engine.runtime.bundle import Bundle
+from ttt_video_engine.runtime.config import ModelConfig
+
+TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers")
+_SOURCES = ("export/*.py", "export/prose.txt", "reference/*.py", "runtime/config.py")
+
+Key = dict[str, str]
+
+
+def environment_key() -> Key:
+    """The part of a key that this installation fixes: the code that exports, and its tools."""
+    return {"code": code_digest(), **{f"tool {name}": _version(name) for name in TOOLS}}
+
+
+def graph_key(model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any") -> Key:
+    """Everything that could change a graph. Two graphs of equal keys are the same."""
+    config = hashlib.sha256(msgspec.json.encode(model, order="deterministic")).hexdigest()
+    model_key = {"preset": model.name, "config": config, "weights": weights, "length": length}
+    return {**model_key, "precision": dtype, "opset": str(opset), **environment_key()}
+
+
+def differences(old: Key, new: Key) -> list[str]:
+    """One short reason for each part of a key that differs."""
+    return [
+        f"{part} changed ({old.get(part, 'none')[:12]} → {new.get(part, 'none')[:12]})"
+        for part in sorted(old.keys() | new.keys())
+        if old.get(part) != new.get(part)
+    ]
+
+
+def stale_graphs(bundle: Bundle) -> dict[str, list[str]]:
+    """Graph → why the export of the same model would build it again here; empty where it would be kept."""
+    here = environment_key()
+    return {
+        name: differences({part: value for part, value in graph.key.items() if part in here}, here)
+        for name, graph in bundle.manifest.graphs.items()
+    }
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the source that decides what a graph computes."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in root.glob(pattern)):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,181 @@
+"""The gate against the recordings of the public code: it passes what is right, and fails what is not."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ttt_video_engine.export.golden import TOLERANCE, Comparison, compare_recordings
+from ttt_video_engine.runtime.errors import CheckpointError, ConfigError, TTTVideoError
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = {"dit": "transformer", "op": "ttt scan", "vae": "vae decoder", "sampler": "sampler"}
+Tensors = dict[str, Tensor]
+
+
+@cache
+def compare(name: str) -> Comparison:
+    """A recording, run once for all tests: an export takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "glob", lambda folder, pattern: [folder / name])
+        (comparison,) = compare_recordings(GOLDEN)
+    return comparison
+
+
+def rewrite(name: str, folder: Path, change: Callable[[Tensors, dict[str, str]], None]) -> None:
+    """A copy of a recording in `folder`, with its tensors and metadata changed."""
+    with safe_open(GOLDEN / name, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(GOLDEN / name)
+    change(tensors, metadata)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, metadata)
+
+
+def message(folder: Path, kind: type[TTTVideoError] = CheckpointError) -> str:
+    with pytest.raises(kind) as raised:
+        list(compare_recordings(folder))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("*.safetensors")))
+def test_reference_and_graph_match_the_recording(name: str) -> None:
+    comparison = compare(name)
+    assert comparison.recording == name
+    assert comparison.kind == KINDS[name.split("_")[0]]
+    assert comparison.reference_error < 1e-5
+    assert comparison.onnx_error < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("op_ttt_linear.safetensors", "output.XQW"),
+        ("op_ttt_mlp.safetensors", "output.XQW"),
+        ("sampler_dpmpp2m_sde_10.safetensors", "output.x"),
+        ("sampler_dpmpp2m_sde_10.safetensors", "output.denoised"),
+    ],
+)
+@pytest.mark.parametrize(("wrong_by", "least"), [(1e-2, 9e-3), (float("nan"), float("inf"))])
+def test_one_wrong_value_is_over_tolerance(
+    name: str, output: str, wrong_by: float, least: float, tmp_path: Path
+) -> None:
+    def change(tensors: Tensors, _: dict[str, str]) -> None:
+        tensors[output].view(-1)[7] += wrong_by
+
+    rewrite(name, tmp_path, change)
+    (comparison,) = compare_recordings(tmp_path)
+    assert min(comparison.reference_error, comparison.onnx_error) >= least > TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["op_ttt_linear.safetensors", "op_ttt_mlp.safetensors"])
+@pytest.mark.parametrize("batch_axis", [True, False])
+def test_a_scan_may_have_a_batch(name: str, batch_axis: bool, tmp_path: Path) -> None:
+    """Two different clips, each with inner weights of its own, or both with the same without a batch axis."""
+
+    def change(tensors: Tensors, _: dict[str, str]) -> None:
+        for key, tensor in tensors.items():
+            if "norm" in key:
+                continue
+            if key in ("input.W1", "input.b1", "input.W2", "input.b2"):
+                tensors[key] = torch.cat([tensor, tensor]) if batch_axis else tensor[0]
+            else:
+                tensors[key] = torch.cat([tensor, tensor])
+        # The first clip is as recorded; the second has queries, and so an output, of zero for its last mini-batch.
+        tensors["input.XQ"][1, :, -1] = tensors["input.XQ"][0, :, -1].flip(1)
+        tensors["output.XQW"][1, :, -1] = tensors["output.XQW"][0, :, -1].flip(1)
+
+    rewrite(name, tmp_path, change)
+    (comparison,) = compare_recordings(tmp_path)
+    assert max(comparison.reference_error, comparison.onnx_error) < 1e-5
+
+
+def test_recordings_are_run_by_name_and_told_before_they_run(tmp_path: Path) -> None:
+    names = ["op_ttt_linear.safetensors", "op_ttt_mlp.safetensors"]
+    for name in reversed(names):
+        rewrite(name, tmp_path, lambda tensors, metadata: None)
+    (tmp_path / "README.md").write_text("not a recording")
+    started: list[str] = []
+    comparisons = compare_recordings(tmp_path, started.append)
+    assert started == []
+    assert next(comparisons).recording == names[0] and started == names[:1]
+    assert [comparison.recording for comparison in comparisons] == names[1:] and started == names
+
+
+def test_a_folder_without_recordings_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors; give the folder"):
+        compare_recordings(tmp_path)
+    with pytest.raises(CheckpointError, match="absent: is not a folder; give"):
+        compare_recordings(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 20_000])
+def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((GOLDEN / "op_ttt_linear.safetensors").read_bytes()[:size])
+    assert message(tmp_path).startswith(f"{path}: cannot be read (")
+
+
+def test_a_file_that_is_no_recording_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2)}, path)
+    assert message(tmp_path).startswith(f"{path}: is no known recording (has none of output.velocity")
+
+
+def set_config(old: str, new: str) -> Callable[[Tensors, dict[str, str]], None]:
+    def change(_: Tensors, metadata: dict[str, str]) -> None:
+        assert old in metadata["config"]
+        metadata["config"] = metadata["config"].replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("dit_linear_1scene", "ttt_linear", "ttt_cnn", "ssm_layer is 'ttt_cnn': must be one of ttt_linear, ttt_mlp"),
+        ("dit_linear_1scene", '"num_heads": 4', '"num_heads": 5', "num_heads is 5: must divide model_dim 64"),
+        ("dit_linear_1scene", '"num_heads": 4, ', "", "missing required field `num_heads`"),
+        ("sampler_dpmpp2m_sde_10", "VPSDEDPMPP2M", "Euler", "sampler is 'Euler': must be one of VPSDEDPMPP2M"),
+        ("sampler_dpmpp2m_sde_10", "0.6*tanh", "0.7*tanh", "must be one of v = 0.6*tanh(x)"),
+    ],
+)
+def test_a_config_that_no_model_can_have_is_named(name: str, old: str, new: str, expected: str, tmp_path: Path) -> None:
+    rewrite(f"{name}.safetensors", tmp_path, set_config(old, new))
+    found = message(tmp_path, ConfigError)
+    assert name in found and expected in found
+
+
+def drop(key: str) -> Callable[[Tensors, dict[str, str]], None]:
+    return lambda tensors, metadata: (tensors.pop(key), None)[1]
+
+
+def shorten(key: str) -> Callable[[Tensors, dict[str, str]], None]:
+    return lambda tensors, metadata: tensors.update({key: tensors[key][:, :-1]})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("dit_mlp_1scene", set_config("{", "["), "metadata has no config in JSON"),
+        ("dit_mlp_1scene", set_config("ttt_mlp", "ttt_linear"), "W2 is [4, 64, 16], the model wants none"),
+        ("dit_mlp_1scene", drop("param.time_embed.0.bias"), "time_embed.0.bias is none, the model wants [48]"),
+        ("dit_mlp_1scene", drop("input.text"), "input.text is missing"),
+        ("dit_mlp_1scene", shorten("input.video"), "12 latent frames do not make 1 segments of 12"),
+        ("op_ttt_mlp", drop("input.b2"), "input.b2 is missing"),
+        ("op_ttt_mlp", shorten("input.b1"), "inputs do not fit the model"),
+        ("op_ttt_mlp", shorten("output.XQW"), "output.XQW is [1, 3, 2, 64, 16], the model gives [1, 4, 2, 64, 16]"),
+        ("sampler_dpmpp2m_sde_10", shorten("input.noise"), "input.step_noise does not fit 10 steps"),
+    ],
+)
+def test_a_recording_that_does_not_fit_its_model_is_named(
+    name: str, change: Callable[[Tensors, dict[str, str]], None], expected: str, tmp_path: Path
+) -> None:
+    rewrite(f"{name}.safetensors", tmp_path, change)
+    found = message(tmp_path)
+    assert found.startswith(str(tmp_path / name)) and expected in found

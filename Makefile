@@ -8,7 +8,8 @@ BUNDLE := bundles/tiny
 .DELETE_ON_ERROR:
 .PHONY: demo test bench clean
 
-demo: $(BUNDLE)/bundle.json  ## tiny random weights, from export to mp4
+demo: $(VENV)  ## tiny random weights, from export to mp4
+	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
 	$(BIN)/ttt-video sample storyboards/kitchen-9s.json --bundle $(BUNDLE) --output-dir output --overwrite
 
 test: $(VENV)
@@ -25,10 +26,6 @@ clean:
 	rm -rf .venv bundles output build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-$(BUNDLE)/bundle.json: $(VENV) $(wildcard export/*.py reference/*.py runtime/*.py)
-	rm -rf $(BUNDLE)
-	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
 
 $(VENV): pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

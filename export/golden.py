@@ -32,7 +32,7 @@ from ttt_video_engine.export.components import (
     vae_graphs,
 )
 from ttt_video_engine.export.graph import Input
-from ttt_video_engine.export.weights import write_weights
+from ttt_video_engine.export.weights import weight_file
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.reference.ttt_layer import Scan
@@ -153,7 +153,7 @@ class _Recording:
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """What torch says of sizes that do not go together, as a CheckpointError; a ConfigError gets the file's name."""
+        """What torch says of sizes that do not go together, as a CheckpointError; names the file in a ConfigError."""
         try:
             yield
         except ConfigError as error:
@@ -354,7 +354,7 @@ class _StandIn(nn.Module):
 
 def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
     """Exports the graphs of one component, which share their weights, as a bundle has them."""
-    weights = write_weights(graphs[0].module.state_dict(), folder / "model.onnx_data")
+    weights = weight_file(graphs[0].module.state_dict(), folder / "model.onnx_data", write=True)
     paths = [folder / Path(graph.file).name for graph in graphs]
     for graph, path in zip(graphs, paths, strict=True):
         model = onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt)

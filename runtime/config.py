@@ -4,8 +4,10 @@ Every struct is frozen and checks itself when it is made, so a config that exist
 Published sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
 """
 
+from pathlib import Path
 from typing import Literal
 
+import msgspec
 from msgspec import Struct, field
 
 from ttt_video_engine.runtime.errors import ConfigError
@@ -182,3 +184,13 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 def _require(condition: bool, name: str, value: object, cure: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}: {cure}")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model of a TOML file with the fields of `ModelConfig`. Raises ConfigError naming the file and the field."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=ModelConfig)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}; see docs/architecture.md for the fields") from error

@@ -68,6 +68,16 @@ def length_of(storyboard: Storyboard, available: Collection[str]) -> str:
 _Video = tuple[str, tuple[Scene, ...]]
 
 
+def check_length(storyboards: list[Storyboard], length: str) -> None:
+    """Raises StoryboardError unless every storyboard has as many scenes as a video of `length`."""
+    for storyboard in storyboards:
+        if len(storyboard.scenes) != SCENES_PER_LENGTH[length]:
+            raise StoryboardError(
+                f"{storyboard.source}: has {len(storyboard.scenes)} scenes, a {length} video has "
+                f"{SCENES_PER_LENGTH[length]}; change the scenes or --length"
+            )
+
+
 def _read(path: Path) -> str:
     if path.is_dir():
         raise StoryboardError(f"{path}: is a folder; name a .json or .jsonl file")

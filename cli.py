@@ -1,0 +1,248 @@
+"""The command line: `ttt-video` or `python cli.py`. What a command needs is imported inside it, so that help is quick."""
+
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttt_video_engine.runtime.errors import TTTVideoError
+
+if TYPE_CHECKING:
+    from ttt_video_engine.runtime.config import ModelConfig
+
+PROGRAM = "ttt-video"
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="From a storyboard to a video with TTT-Video models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Length(StrEnum):
+    """Lengths by name."""
+
+    S3 = "3s"
+    S9 = "9s"
+    S18 = "18s"
+    S30 = "30s"
+    S63 = "63s"
+
+
+class DTypeName(StrEnum):
+    """Precision of a bundle."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class TTTName(StrEnum):
+    """Kinds of inner model."""
+
+    LINEAR = "linear"
+    MLP = "mlp"
+
+
+class GuidanceName(StrEnum):
+    """Courses of the guidance scale."""
+
+    DYNAMIC = "dynamic"
+    UPSTREAM = "upstream"
+    CONSTANT = "constant"
+
+
+class SamplerName(StrEnum):
+    """Update rules."""
+
+    DDIM = "ddim"
+    DPMPP_2M_SDE = "dpmpp-2m-sde"
+
+
+class EngineName(StrEnum):
+    """What runs the graphs."""
+
+    ONNXRUNTIME = "onnxruntime"
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="Bundle to make or update.", show_default=False)],
+    preset: Annotated[str, typer.Option(help="tiny, debug or 5B.")] = "tiny",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the sizes, in place of a preset.")] = None,
+    length: Annotated[list[Length] | None, typer.Option(help="May be given several times.  [default: 9s]")] = None,
+    dtype: Annotated[DTypeName, typer.Option(help="Precision of weights and activations.")] = DTypeName.FLOAT32,
+    ttt: Annotated[TTTName, typer.Option(help="Inner model of the preset's TTT layers.")] = TTTName.LINEAR,
+    width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference."""
+    from ttt_video_engine.runtime.config import read_config
+    from ttt_video_engine.runtime.presets import preset as named
+
+    model = read_config(config) if config is not None else named(preset, ttt.value)
+    model = _resized(model, width, height)
+
+    from ttt_video_engine.export.build import export_bundle
+    from ttt_video_engine.export.source import CheckpointSource, SeededSource
+
+    source = SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint)
+    lengths = [name.value for name in length or [Length.S9]]
+    export_bundle(source, output, lengths, dtype.value, lambda line: typer.echo(line, err=True))
+    typer.echo(f"bundle: {output}")
+
+
+@app.command()
+def sample(
+    storyboard: Annotated[Path, typer.Argument(help="JSON or JSONL file of scenes.", show_default=False)],
+    bundle: BundleOption,
+    output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it.")] = Path("output"),
+    num_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance at its strongest.")] = 6.0,
+    guidance: Annotated[
+        GuidanceName, typer.Option(help="dynamic grows from 1 to the scale; upstream is the public code's.")
+    ] = GuidanceName.DYNAMIC,
+    sampler: Annotated[
+        SamplerName, typer.Option(help="dpmpp-2m-sde is what the public code runs.")
+    ] = SamplerName.DDIM,
+    fps: Annotated[float, typer.Option(help="Frames per second of the mp4.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 42,
+    length: Annotated[Length | None, typer.Option(help="States the length that the scenes must make.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the graphs.")] = EngineName.ONNXRUNTIME,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace videos that exist.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Render the videos of a storyboard file."""
+    from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+    from ttt_video_engine.runtime.bundle import open_bundle
+    from ttt_video_engine.runtime.pipeline import Settings, plan_jobs, render
+    from ttt_video_engine.runtime.progress import ProgressDisplay
+    from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
+
+    storyboards = load_storyboards(storyboard)
+    if length is not None:
+        check_length(storyboards, length.value)
+    opened = open_bundle(bundle)
+    opened.verify()
+    settings = Settings(
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        guidance=guidance.value,
+        sampler=sampler.value,
+        fps=fps,
+        seed=seed,
+        low_memory=low_memory,
+    )
+    jobs = plan_jobs(opened, storyboards, settings, output_dir, overwrite=overwrite)
+    for job in jobs:
+        for truncation in job.prompts.truncations:
+            typer.echo(f"warning: {job.storyboard.source}: {truncation.message}", err=True)
+    with ProgressDisplay() as display:
+        for video in render(opened, OnnxRuntimeLoader(opened), jobs, settings, display.update):
+            typer.echo(f"video: {video}")
+
+
+@app.command()
+def parity(
+    golden: Annotated[Path, typer.Option(help="Folder of recordings (.safetensors).", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Hold the reference and freshly exported graphs to recordings of the public code."""
+    import msgspec
+
+    from ttt_video_engine.export.golden import TOLERANCE, compare_recordings
+    from ttt_video_engine.runtime.errors import CheckFailed
+
+    rows = []
+    if not json:
+        typer.echo(f"{'recording':<28} {'kind':<12} {'reference':>10} {'onnx':>10}")
+    for row in compare_recordings(golden):
+        rows.append(row)
+        if not json:
+            typer.echo(f"{row.recording:<28} {row.kind:<12} {row.reference_error:>10.1e} {row.onnx_error:>10.1e}")
+    if json:
+        typer.echo(msgspec.json.encode(rows).decode())
+    failed = [row.recording for row in rows if not max(row.reference_error, row.onnx_error) <= TOLERANCE]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(rows)} over {TOLERANCE:.0e}: {', '.join(failed)}")
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a bundle holds, whether it is whole, and what would be rebuilt."""
+    import msgspec
+
+    from ttt_video_engine.export.keys import stale_graphs
+    from ttt_video_engine.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    opened.verify()
+    manifest, stale = opened.manifest, stale_graphs(opened)
+    if json:
+        typer.echo(msgspec.json.encode({"manifest": manifest, "rebuild": stale}).decode())
+        return
+    model = manifest.model
+    typer.echo(f"{bundle}: {model.name}, TTT-{model.transformer.ttt}, {manifest.dtype}, opset {manifest.opset}")
+    typer.echo(f"video: {model.width}x{model.height}, lengths {', '.join(manifest.lengths)}")
+    for name, graph in manifest.graphs.items():
+        worst = max(check.max_error for check in graph.parity)
+        graph_bytes, weight_bytes = manifest.files[graph.file].size, manifest.files[graph.weights].size
+        typer.echo(f"\n{name}: {graph.file} {graph_bytes:,} bytes, weights {weight_bytes:,} bytes, parity {worst:.1e}")
+        inputs = [spec for spec in graph.inputs if not spec.name.startswith("cache_")]
+        outputs = [spec for spec in graph.outputs if not spec.name.startswith("cache_")]
+        caches = len(graph.outputs) - len(outputs)
+        typer.echo(f"  takes {'; '.join(map(str, inputs))}")
+        typer.echo(f"  gives {'; '.join(map(str, outputs))}" + (f"; {caches} caches" if caches else ""))
+        typer.echo(f"  rebuild: {', '.join(stale[name]) or 'no, up to date'}")
+
+
+def main() -> None:
+    """Runs the command and turns errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(prog_name=PROGRAM)
+    except TTTVideoError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").startswith("ttt_video_engine"):
+            raise
+        typer.echo(f"error: {error.name} is not installed; run: pip install 'ttt-video-engine[export]'", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _resized(model: "ModelConfig", width: int | None, height: int | None) -> "ModelConfig":
+    from msgspec.structs import replace
+
+    return replace(model, width=width or model.width, height=height or model.height)
+
+
+if __name__ == "__main__":
+    main()

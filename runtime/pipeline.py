@@ -1,0 +1,225 @@
+"""From a storyboard to a folder with an mp4: one component in memory at a time, frames straight into the file.
+
+The pipeline is handed a loader for engines and does not know what runs them. What it makes depends on the storyboard,
+the bundle and the settings alone.
+"""
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from ttt_video_engine import __version__
+from ttt_video_engine.runtime.bundle import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    VAE_FIRST,
+    VAE_NEXT,
+    Bundle,
+    latent_shape,
+    transformer_graph,
+)
+from ttt_video_engine.runtime.engine import EngineLoader
+from ttt_video_engine.runtime.errors import OutputError
+from ttt_video_engine.runtime.files import atomic_write, sha256_of
+from ttt_video_engine.runtime.sampler import Sampler, Step, sample
+from ttt_video_engine.runtime.schedule import Guidance, guidance_scales, make_schedule
+from ttt_video_engine.runtime.storyboard import Storyboard, length_of
+from ttt_video_engine.runtime.tokenizer import EncodedPrompts, SceneTokenizer
+from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
+
+VIDEO, SIDECAR = "video.mp4", "video.json"
+SIDECAR_VERSION = 1
+_CACHE_IN, _CACHE_OUT = "cache_in.", "cache_out."
+_PACKAGES = ("numpy", "onnxruntime", "av", "tokenizers")
+
+Floats = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total), called at the start of a stage and after every part of it."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How to render; recorded beside every video."""
+
+    num_steps: int = 50
+    guidance_scale: float = 6.0
+    guidance: Guidance = "dynamic"
+    sampler: Sampler = "ddim"
+    fps: float = 16
+    seed: int = 42
+    low_memory: bool = False
+    """Run the two branches of guidance one after the other: half the activations, the same video up to rounding."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One storyboard with all that could be wrong with it checked."""
+
+    storyboard: Storyboard
+    length: str
+    prompts: EncodedPrompts
+    folder: Path
+
+
+def plan_jobs(
+    bundle: Bundle, storyboards: list[Storyboard], settings: Settings, output_dir: Path, *, overwrite: bool
+) -> list[Job]:
+    """Checks everything that can be checked before the first video starts.
+
+    Raises StoryboardError for a scene count without a graph, ConfigError for settings out of range, OutputError for a
+    video that exists.
+    """
+    model = bundle.manifest.model
+    schedule = make_schedule(model.diffusion, settings.num_steps)
+    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
+    frame_rate(settings.fps)
+    tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
+    jobs = []
+    for storyboard in storyboards:
+        length = length_of(storyboard, bundle.manifest.lengths)
+        prompts = tokenizer.encode(storyboard, model.text_lengths[length])
+        job = Job(storyboard, length, prompts, output_dir / storyboard.name)
+        if (job.folder / VIDEO).exists() and not overwrite:
+            raise OutputError(f"{job.folder / VIDEO}: exists; use --overwrite or another --output-dir")
+        jobs.append(job)
+    return jobs
+
+
+def render(bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, progress: Progress) -> Iterator[Path]:
+    """Renders every job and yields the path of each mp4 as it is complete."""
+    bundle_digest = bundle.sha256
+    texts = encode_prompts(load, jobs, progress)
+    for job, (text, text_seconds) in zip(jobs, texts, strict=True):
+        yield _render_one(bundle, bundle_digest, load, job, text, text_seconds, settings, progress)
+
+
+def encode_prompts(load: EngineLoader, jobs: list[Job], progress: Progress) -> list[tuple[Floats, float]]:
+    """Embeddings [2, S, N, text_dim] of each job, negative prompts first, and the seconds they took."""
+    texts = []
+    progress("text", 0, len(jobs))
+    with load(TEXT_ENCODER) as engine:
+        for done, job in enumerate(jobs, start=1):
+            start = perf_counter()
+            branches = [engine.run({"ids": ids})["embeddings"] for ids in (job.prompts.negative, job.prompts.positive)]
+            texts.append((np.stack(branches).astype(np.float32), perf_counter() - start))
+            progress("text", done, len(jobs))
+    return texts
+
+
+def denoise(bundle: Bundle, load: EngineLoader, length: str, text: Floats, settings: Settings) -> Iterator[Step]:
+    """Every step from noise to latents [1, T, C, H, W]; the transformer is freed when the generator ends."""
+    model = bundle.manifest.model
+    shape = (1, *latent_shape(model, model.clip_size(length)))
+    schedule = make_schedule(model.diffusion, settings.num_steps)
+    guidance = guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
+    random = np.random.Generator(np.random.PCG64(settings.seed))
+
+    def draw_noise() -> Floats:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    with load(transformer_graph(length)) as engine:
+
+        def velocities(x: Floats, timestep: int) -> tuple[Floats, Floats]:
+            size = 1 if settings.low_memory else 2
+            batches = [text[start : start + size] for start in range(0, 2, size)]
+            runs = [
+                engine.run(
+                    {
+                        "latents": np.repeat(x, size, axis=0),
+                        "text": batch,
+                        "timestep": np.full(size, timestep, dtype=np.int64),
+                    }
+                )["velocity"]
+                for batch in batches
+            ]
+            negative, positive = np.split(np.concatenate(runs).astype(np.float32), 2)
+            return negative, positive
+
+        yield from sample(velocities, draw_noise(), schedule, guidance, settings.sampler, draw_noise)
+
+
+def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDArray[np.uint8]]:
+    """Frames [T', height, width, 3] of each window of latents [1, T, C, H, W]; one window is in memory at a time."""
+    size = bundle.manifest.model.vae.temporal_window
+    with load(VAE_FIRST) as engine:
+        outputs = engine.run({"latents": latents[:, : 1 + size]})
+    yield to_frames(outputs["frames"].astype(np.float32))
+    with load(VAE_NEXT) as engine:
+        for start in range(1 + size, latents.shape[1], size):
+            caches = {
+                name.replace(_CACHE_OUT, _CACHE_IN, 1): value
+                for name, value in outputs.items()
+                if name.startswith(_CACHE_OUT)
+            }
+            outputs = engine.run({"latents": latents[:, start : start + size], **caches})
+            yield to_frames(outputs["frames"].astype(np.float32))
+
+
+def _render_one(
+    bundle: Bundle,
+    bundle_digest: str,
+    load: EngineLoader,
+    job: Job,
+    text: Floats,
+    text_seconds: float,
+    settings: Settings,
+    progress: Progress,
+) -> Path:
+    model = bundle.manifest.model
+    size = model.clip_size(job.length)
+
+    start = perf_counter()
+    progress("denoise", 0, settings.num_steps)
+    for step in denoise(bundle, load, job.length, text, settings):
+        latents = step.latents
+        progress("denoise", step.index + 1, step.num_steps)
+    denoised = perf_counter()
+
+    num_windows = (size.num_frames - 1) // model.vae.temporal_window
+
+    def windows() -> Iterator[NDArray[np.uint8]]:
+        progress("decode", 0, num_windows)
+        for done, window in enumerate(decode(bundle, load, latents), start=1):
+            yield window
+            progress("decode", done, num_windows)
+
+    video = job.folder / VIDEO
+    (job.folder / SIDECAR).unlink(missing_ok=True)  # it would speak of another video
+    num_frames = write_mp4(video, windows(), width=model.width, height=model.height, fps=settings.fps)
+    decoded = perf_counter()
+
+    sidecar: dict[str, Any] = {
+        "format_version": SIDECAR_VERSION,
+        "video": VIDEO,
+        "sha256": sha256_of(video),
+        "length": job.length,
+        "num_frames": num_frames,
+        "width": model.width,
+        "height": model.height,
+        "storyboard": {"source": job.storyboard.source, "scenes": job.storyboard.scenes},
+        "truncations": [truncation.message for truncation in job.prompts.truncations],
+        "settings": settings,
+        "bundle": {
+            "sha256": bundle_digest,
+            "preset": model.name,
+            "ttt": model.transformer.ttt,
+            "dtype": bundle.manifest.dtype,
+        },
+        "seconds": {"text": text_seconds, "denoise": denoised - start, "decode": decoded - denoised},
+        "versions": {
+            "ttt-video-engine": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }
+    with atomic_write(job.folder / SIDECAR) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n")
+    return video

@@ -1,4 +1,4 @@
-"""The command line: `ttt-video` or `python cli.py`. What a command needs is imported inside it, so that help is quick."""
+"""The command line: `ttt-video` or `python cli.py`. What a command needs is imported in it, so that help is quick."""
 
 import sys
 import traceback
@@ -117,9 +117,7 @@ def sample(
     guidance: Annotated[
         GuidanceName, typer.Option(help="dynamic grows from 1 to the scale; upstream is the public code's.")
     ] = GuidanceName.DYNAMIC,
-    sampler: Annotated[
-        SamplerName, typer.Option(help="dpmpp-2m-sde is what the public code runs.")
-    ] = SamplerName.DDIM,
+    sampler: Annotated[SamplerName, typer.Option(help="dpmpp-2m-sde is what the public code runs.")] = SamplerName.DDIM,
     fps: Annotated[float, typer.Option(help="Frames per second of the mp4.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 42,
     length: Annotated[Length | None, typer.Option(help="States the length that the scenes must make.")] = None,

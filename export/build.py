@@ -22,7 +22,7 @@ from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_ke
 from ttt_video_engine.export.parity import check_parity, random_case
 from ttt_video_engine.export.real_text import real_prompts
 from ttt_video_engine.export.source import ModelSource
-from ttt_video_engine.export.weights import weight_file, weights_digest
+from ttt_video_engine.export.weights import WeightFile, weight_file, weights_digest
 from ttt_video_engine.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -88,24 +88,21 @@ class _Build:
         encoder = self.source.text_encoder()
         graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
         prompts = {length: real_prompts(self.stage / TOKENIZER, model, length) for length in lengths}
-        self._component([(graph, "any", lambda: {"real text": [prompts[lengths[0]].flatten(0, 1)]})])
+        self._component([(graph, "any", {"real text": [prompts[lengths[0]].flatten(0, 1)]})])
         with torch.no_grad():
-            embeddings = {length: encoder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]) for length, ids in prompts.items()}
+            embeddings = {
+                length: encoder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]) for length, ids in prompts.items()
+            }
         del encoder, graph
 
         transformer = self.source.transformer()
-        self._component(
-            [
-                (graph, length, lambda graph=graph, length=length: _with_text(graph, embeddings[length]))
-                for length in lengths
-                for graph in [transformer_graph(transformer, model, length)]
-            ]
-        )
-        del transformer
+        graphs = {length: transformer_graph(transformer, model, length) for length in lengths}
+        self._component([(graph, length, _with_text(graph, embeddings[length])) for length, graph in graphs.items()])
+        del transformer, graphs
 
         size = model.clip_size(lengths[0])
         first, following = vae_graphs(self.source.vae_decoder(), height=size.height, width=size.width)
-        self._component([(first, "any", dict), (following, "any", dict)])
+        self._component([(first, "any", {}), (following, "any", {})])
 
     def manifest(self, lengths: Sequence[str]) -> Manifest:
         files = sorted(path for path in self.stage.rglob("*") if path.is_file())
@@ -132,7 +129,7 @@ class _Build:
         if self.previous is None or self.previous.manifest.tokenizer_key != self.tokenizer_key:
             self.changed = True
 
-    def _component(self, graphs: Sequence[tuple[Graph, str, Callable[[], Cases]]]) -> None:
+    def _component(self, graphs: Sequence[tuple[Graph, str, Cases]]) -> None:
         """Builds the graphs of one component, or takes them over from the previous bundle, and their weights."""
         weights = graphs[0][0].module.state_dict()
         digest = weights_digest(weights)
@@ -160,9 +157,9 @@ class _Build:
         module = _converted(graphs[0][0].module, self.dtype)
         file = weight_file(module.state_dict(), target, write=not kept)
         for graph, cases in to_build:
-            self._graph(graph, file, keys[graph.name], {**random_case(graph), **cases()})
+            self._graph(graph, file, keys[graph.name], {**random_case(graph), **cases})
 
-    def _graph(self, graph: Graph, file: onnx_graph.WeightFile, key: Key, cases: Cases) -> None:
+    def _graph(self, graph: Graph, file: WeightFile, key: Key, cases: Cases) -> None:
         self.report(f"{graph.name}: {self._why(graph.name, key)}")
         module = _converted(graph.module, self.dtype)
         inputs = graph.inputs_as(TORCH_DTYPES[self.dtype])

@@ -51,10 +51,10 @@ def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], tt
             optimize=False,
             verbose=False,
         )
-    if program is None:
-        raise RuntimeError("the exporter returned no program")
-    model = program.model
-    _simplify(model, weights=set(module.state_dict()))
+        if program is None:
+            raise RuntimeError("the exporter returned no program")
+        model = program.model
+        _simplify(model, weights=set(module.state_dict()))
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
@@ -83,7 +83,6 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
     )
     for clean_up in (
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),

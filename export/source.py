@@ -24,14 +24,14 @@ from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
 class ModelSource(Protocol):
     """Makes each component when it is its turn, in float32 and ready for inference."""
 
-    model: ModelConfig
+    @property
+    def model(self) -> ModelConfig: ...
 
     def tokenizer(self) -> Tokenizer: ...
 
@@ -80,7 +80,7 @@ class CheckpointSource:
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder}: is no folder; --checkpoint takes one with transformer/, vae/, text_encoder/, tokenizer/"
+                f"{self.folder}: is no folder; give one that holds transformer/, vae/, text_encoder/ and tokenizer/"
             )
 
     def tokenizer(self) -> Tokenizer:

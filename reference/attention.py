@@ -61,8 +61,8 @@ class SeqModelingBlock(nn.Module):
         rotation = layout.segment_rotation
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         out = functional.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
-        return projected.unflatten(0, (-1, layout.num_scenes))
+        projected: Tensor = self.o(out.transpose(1, 2).flatten(2)).unflatten(0, (-1, layout.num_scenes))
+        return projected
 
     def _merge_segments(self, segments_BSTPD: Tensor) -> Tensor:
         """Lays the segments end to end, each one's first frames averaged with the last of the segment before."""

@@ -20,7 +20,6 @@ class TextEncoder(nn.Module):
                 num_layers=config.num_layers,
                 num_heads=config.num_heads,
                 feed_forward_proj="gated-gelu",
-                attn_implementation="eager",
             )
         )
 

@@ -70,8 +70,8 @@ def token_layout(config: TransformerConfig, video: Tensor, text: Tensor) -> Toke
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Sinusoids [B, dim] of timestep [B], cosines first: frequency i is 10000^(−i/(dim/2)). In float32."""
     half = dim // 2
-    # The exponent is a float32 as in the public code. Its exp is rounded from float64: vector units disagree on the last
-    # bit of a float32 exp, and a timestep of 999 magnifies that to 1e-5 of velocity.
+    # The exponent is a float32 as in the public code. Its exp is rounded from float64: vector units disagree on the
+    # last bit of a float32 exp, and a timestep of 999 magnifies that to 1e-5 of velocity.
     exponents = -math.log(10000.0) * numpy.arange(half, dtype=numpy.float32) / half
     frequencies = torch.tensor(numpy.exp(exponents.astype(numpy.float64)).tolist(), dtype=torch.float32)
     angles = timestep.float()[:, None] * frequencies
@@ -91,7 +91,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
         patches = self.vid_proj(video.flatten(0, 1)).flatten(2).transpose(1, 2)
         video_BLD = patches.unflatten(0, (-1, video.shape[1])).flatten(1, 2)
-        return torch.cat([self.text_proj(text).flatten(1, 2), video_BLD], dim=1)
+        text_BLD = self.text_proj(text).flatten(1, 2)
+        return torch.cat([text_BLD, video_BLD], dim=1)
 
 
 class TransformerLayer(nn.Module):
@@ -170,7 +171,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, t_emb: Tensor, layout: TokenLayout) -> Tensor:
         shift, scale = self.adaLN_modulation(t_emb).unsqueeze(1).chunk(2, dim=-1)
-        patches = self.linear(self.norm(x_BLD) * (1 + scale) + shift)
+        patches: Tensor = self.linear(self.norm(x_BLD) * (1 + scale) + shift)
         channels, patch = self.config.out_channels, self.config.patch_size
         grid = patches.view(-1, layout.num_frames, layout.height, layout.width, channels, patch, patch)
         return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

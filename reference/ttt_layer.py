@@ -58,14 +58,14 @@ class TTTLayer(nn.Module):
 
         q, k, v = (stream.unflatten(2, (-1, self.config.mini_batch_size)) for stream in (q, k, v))
         out = self.scan(q, k, v, eta, self.ttt_norm_weight, self.ttt_norm_bias, *self.inner_weights())
-        out_BLD = out.flatten(2, 3).transpose(1, 2).flatten(2)
-        out_BLD = self.wo(self.post_norm(out_BLD))
+        out_BLD: Tensor = self.wo(self.post_norm(out.flatten(2, 3).transpose(1, 2).flatten(2)))
         if layout.num_scenes > 1:
             out_BLD = out_BLD.index_select(1, layout.standard_order)
         return out_BLD
 
     def _split_heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        x_BHLF: Tensor = x_BLD.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        return x_BHLF
 
     def _reconstruction_target(self, k_BHLF: Tensor, v_BHLF: Tensor) -> Tensor:
         """The value the inner model is to reach: v − k, standardised (unbiased std) and scaled per head, plus k."""
@@ -81,7 +81,8 @@ class TTTLayer(nn.Module):
         # About 1e-5 at full size, which float16 holds to one digit.
         gate_BHL = torch.sigmoid((logits_BHL + self.learnable_ttt_lr_bias).float())
         eta = config.ttt_base_lr * gate_BHL / config.head_dim / config.mini_batch_size
-        return eta.unflatten(2, (-1, config.mini_batch_size))
+        eta_BHNC: Tensor = eta.unflatten(2, (-1, config.mini_batch_size))
+        return eta_BHNC
 
 
 class TTTLinear(TTTLayer):

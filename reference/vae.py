@@ -124,7 +124,8 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         # A pointwise convolution commutes with a nearest resize, and before it there is less to convolve.
-        size = x.shape[2:]
+        frames, height, width = x.shape[2:]
+        size = (frames, height, width)
         scale, shift = resize_nearest(self.conv_y(z), size), resize_nearest(self.conv_b(z), size)
         normed: Tensor = self.norm_layer(x)
         return normed * scale + shift
@@ -149,10 +150,9 @@ class ResnetBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.norm2 = SpatialNorm(out_channels, z_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.nin_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
-        else:
-            self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:
         h = self.conv1(functional.silu(self.norm1(x, z)), cache)
@@ -191,5 +191,6 @@ class Upsample(nn.Module):
         if self.doubles_time:
             frames = 2 * frames - frames % 2  # the first frame of a clip stays single
         x = resize_nearest(x, (frames, 2 * height, 2 * width))
-        per_frame: Tensor = self.conv(x.transpose(1, 2).flatten(0, 1))
-        return per_frame.unflatten(0, (-1, frames)).transpose(1, 2)
+        per_frame = self.conv(x.transpose(1, 2).flatten(0, 1))
+        result: Tensor = per_frame.unflatten(0, (-1, frames)).transpose(1, 2)
+        return result

@@ -1,7 +1,7 @@
 """Sizes of the model, as data: what a checkpoint, a preset or a bundle has to state.
 
 Every struct is frozen and checks itself when it is made, so a config that exists is a config that fits.
-Published sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
+Sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
 """
 
 from pathlib import Path

@@ -36,7 +36,9 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(target)).free
-            raise OutputError(f"{target}: the disk is full ({free >> 20} MiB free); free some space, run again") from error
+            raise OutputError(
+                f"{target}: the disk is full ({free >> 20} MiB free); free some space, run again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
         raise

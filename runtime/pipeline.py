@@ -93,7 +93,9 @@ def plan_jobs(
     return jobs
 
 
-def render(bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, progress: Progress) -> Iterator[Path]:
+def render(
+    bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, progress: Progress
+) -> Iterator[Path]:
     """Renders every job and yields the path of each mp4 as it is complete."""
     bundle_digest = bundle.sha256
     texts = encode_prompts(load, jobs, progress)

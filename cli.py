@@ -2,16 +2,16 @@
 
 import sys
 import traceback
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
+from msgspec.structs import replace
 
+from ttt_video_engine.runtime.config import DType, LengthName, TTTKind, read_config
 from ttt_video_engine.runtime.errors import TTTVideoError
-
-if TYPE_CHECKING:
-    from ttt_video_engine.runtime.config import ModelConfig
+from ttt_video_engine.runtime.presets import preset as named_preset
+from ttt_video_engine.runtime.settings import Guidance, Sampler
 
 PROGRAM = "ttt-video"
 INTERRUPTED = 130
@@ -24,51 +24,7 @@ app = typer.Typer(
 )
 
 
-class Length(StrEnum):
-    """Lengths by name."""
-
-    S3 = "3s"
-    S9 = "9s"
-    S18 = "18s"
-    S30 = "30s"
-    S63 = "63s"
-
-
-class DTypeName(StrEnum):
-    """Precision of a bundle."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-
-
-class TTTName(StrEnum):
-    """Kinds of inner model."""
-
-    LINEAR = "linear"
-    MLP = "mlp"
-
-
-class GuidanceName(StrEnum):
-    """Courses of the guidance scale."""
-
-    DYNAMIC = "dynamic"
-    UPSTREAM = "upstream"
-    CONSTANT = "constant"
-
-
-class SamplerName(StrEnum):
-    """Update rules."""
-
-    DDIM = "ddim"
-    DPMPP_2M_SDE = "dpmpp-2m-sde"
-
-
-class EngineName(StrEnum):
-    """What runs the graphs."""
-
-    ONNXRUNTIME = "onnxruntime"
-
-
+EngineName = Literal["onnxruntime"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
@@ -83,27 +39,23 @@ def export(
         typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with the sizes, in place of a preset.")] = None,
-    length: Annotated[list[Length] | None, typer.Option(help="May be given several times.  [default: 9s]")] = None,
-    dtype: Annotated[DTypeName, typer.Option(help="Precision of weights and activations.")] = DTypeName.FLOAT32,
-    ttt: Annotated[TTTName, typer.Option(help="Inner model of the preset's TTT layers.")] = TTTName.LINEAR,
+    length: Annotated[list[str], typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.")] = ["9s"],  # noqa: B006
+    dtype: Annotated[DType, typer.Option(help="Precision of weights and activations.")] = "float32",
+    ttt: Annotated[TTTKind, typer.Option(help="Inner model of the preset's TTT layers.")] = "linear",
     width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference."""
-    from ttt_video_engine.runtime.config import read_config
-    from ttt_video_engine.runtime.presets import preset as named
-
-    model = read_config(config) if config is not None else named(preset, ttt.value)
-    model = _resized(model, width, height)
+    model = read_config(config) if config is not None else named_preset(preset, ttt)
+    model = replace(model, width=width or model.width, height=height or model.height)
 
     from ttt_video_engine.export.build import export_bundle
     from ttt_video_engine.export.source import CheckpointSource, SeededSource
 
     source = SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint)
-    lengths = [name.value for name in length or [Length.S9]]
-    export_bundle(source, output, lengths, dtype.value, lambda line: typer.echo(line, err=True))
+    export_bundle(source, output, length, dtype, lambda line: typer.echo(line, err=True))
     typer.echo(f"bundle: {output}")
 
 
@@ -112,16 +64,19 @@ def sample(
     storyboard: Annotated[Path, typer.Argument(help="JSON or JSONL file of scenes.", show_default=False)],
     bundle: BundleOption,
     output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it.")] = Path("output"),
-    num_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance at its strongest.")] = 6.0,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="50")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance at its strongest.", show_default="6")] = None,
     guidance: Annotated[
-        GuidanceName, typer.Option(help="dynamic grows from 1 to the scale; upstream is the public code's.")
-    ] = GuidanceName.DYNAMIC,
-    sampler: Annotated[SamplerName, typer.Option(help="dpmpp-2m-sde is what the public code runs.")] = SamplerName.DDIM,
-    fps: Annotated[float, typer.Option(help="Frames per second of the mp4.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 42,
-    length: Annotated[Length | None, typer.Option(help="States the length that the scenes must make.")] = None,
-    engine: Annotated[EngineName, typer.Option(help="What runs the graphs.")] = EngineName.ONNXRUNTIME,
+        Guidance | None,
+        typer.Option(help="dynamic grows from 1 to the scale; upstream is the public code's.", show_default="dynamic"),
+    ] = None,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="dpmpp-2m-sde is what the public code runs.", show_default="ddim")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.", show_default="16")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", min=0, show_default="42")] = None,
+    length: Annotated[LengthName | None, typer.Option(help="States the length that the scenes must make.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
@@ -131,24 +86,25 @@ def sample(
     """Render the videos of a storyboard file."""
     from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
     from ttt_video_engine.runtime.bundle import open_bundle
-    from ttt_video_engine.runtime.pipeline import Settings, plan_jobs, render
+    from ttt_video_engine.runtime.pipeline import plan_jobs, render
     from ttt_video_engine.runtime.progress import ProgressDisplay
     from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
 
     storyboards = load_storyboards(storyboard)
     if length is not None:
-        check_length(storyboards, length.value)
+        check_length(storyboards, length)
     opened = open_bundle(bundle)
     opened.verify()
-    settings = Settings(
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        guidance=guidance.value,
-        sampler=sampler.value,
-        fps=fps,
-        seed=seed,
-        low_memory=low_memory,
-    )
+    asked = {
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "guidance": guidance,
+        "sampler": sampler,
+        "fps": fps,
+        "seed": seed,
+        "low_memory": low_memory,
+    }
+    settings = replace(opened.manifest.defaults, **{name: value for name, value in asked.items() if value is not None})
     jobs = plan_jobs(opened, storyboards, settings, output_dir, overwrite=overwrite)
     for job in jobs:
         for truncation in job.prompts.truncations:
@@ -234,12 +190,6 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
-
-
-def _resized(model: "ModelConfig", width: int | None, height: int | None) -> "ModelConfig":
-    from msgspec.structs import replace
-
-    return replace(model, width=width or model.width, height=height or model.height)
 
 
 if __name__ == "__main__":

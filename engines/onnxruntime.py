@@ -1,6 +1,6 @@
 """Graphs in ONNX Runtime: on the CPU, or on a CUDA device where onnxruntime-gpu is installed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,17 +21,21 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(
-        self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, num_threads: int = 0
+        self,
+        path: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        num_threads: int = 0,
     ) -> None:
         self._name = path.name
         self._inputs, self._outputs = inputs, outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        # Without it a session keeps its largest working set, and the next component has to live beside it.
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         try:
-            self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=providers())
+            self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code, without a base
             raise EngineError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         _check_signature(path, inputs, self._session.get_inputs())
@@ -66,10 +70,12 @@ class OnnxRuntimeLoader:
     def __call__(self, graph: str) -> OnnxRuntimeEngine:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
-        return OnnxRuntimeEngine(path, entry.inputs, entry.outputs, num_threads=self._num_threads)
+        return OnnxRuntimeEngine(
+            path, entry.inputs, entry.outputs, providers=available_providers(), num_threads=self._num_threads
+        )
 
 
-def providers() -> list[str]:
+def available_providers() -> list[str]:
     """Execution providers in order of preference, of those that this build of ONNX Runtime has."""
     available = ort.get_available_providers()
     return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

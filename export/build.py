@@ -27,14 +27,13 @@ from ttt_video_engine.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
-    DType,
     FileEntry,
     GraphEntry,
     Manifest,
     encode_manifest,
     open_bundle,
 )
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType
 from ttt_video_engine.runtime.errors import BundleError, OutputError
 from ttt_video_engine.runtime.files import sha256_of, writing
 

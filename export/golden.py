@@ -39,8 +39,9 @@ from ttt_video_engine.reference.ttt_layer import Scan
 from ttt_video_engine.reference.vae import VaeDecoder, windows
 from ttt_video_engine.runtime.config import ClipSize, DiffusionConfig, TransformerConfig, TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError, EngineError
-from ttt_video_engine.runtime.sampler import Array, Sampler, Velocities, sample
+from ttt_video_engine.runtime.sampler import Array, Velocities, sample
 from ttt_video_engine.runtime.schedule import make_schedule
+from ttt_video_engine.runtime.settings import Sampler
 
 TOLERANCE = 1e-4
 """The largest absolute error in float32 that passes."""

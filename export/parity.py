@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
 from ttt_video_engine.export.components import Graph
-from ttt_video_engine.runtime.bundle import DType, ParityCheck
+from ttt_video_engine.runtime.bundle import ParityCheck
+from ttt_video_engine.runtime.config import DType
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.errors import CheckFailed
 

@@ -6,22 +6,20 @@ shapes that the model's config calls for.
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import msgspec
 from msgspec import Struct, field
 
-from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.config import ClipSize, DType, ModelConfig
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.settings import Settings
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 TEXT_ENCODER, VAE_FIRST, VAE_NEXT = "text_encoder", "vae_decoder-first", "vae_decoder-next"
-
-DType = Literal["float32", "float16"]
 
 
 def transformer_graph(length: str) -> str:
@@ -56,16 +54,6 @@ class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
     key: dict[str, str]
 
 
-class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `sample` uses where nothing else is asked for."""
-
-    num_steps: int = 50
-    guidance_scale: float = 6.0
-    guidance: str = "dynamic"
-    sampler: str = "ddim"
-    fps: int = 16
-
-
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of `bundle.json`."""
 
@@ -77,7 +65,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     graphs: dict[str, GraphEntry]
     tokenizer_key: dict[str, str]
     files: dict[str, FileEntry]
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    defaults: Settings = field(default_factory=Settings)
     tools: dict[str, str] = field(default_factory=dict)
 
 

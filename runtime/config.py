@@ -13,6 +13,9 @@ from msgspec import Struct, field
 from ttt_video_engine.runtime.errors import ConfigError
 
 TTTKind = Literal["linear", "mlp"]
+DType = Literal["float32", "float16"]
+"""Precision of weights and activations."""
+LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
 
 SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}
 """Length name → number of scenes; a scene is one 3-second segment."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
 from ttt_video_engine import __version__
@@ -30,8 +29,9 @@ from ttt_video_engine.runtime.bundle import (
 from ttt_video_engine.runtime.engine import EngineLoader
 from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import atomic_write, sha256_of
-from ttt_video_engine.runtime.sampler import Sampler, Step, sample
-from ttt_video_engine.runtime.schedule import Guidance, guidance_scales, make_schedule
+from ttt_video_engine.runtime.sampler import Step, sample
+from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
+from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import Storyboard, length_of
 from ttt_video_engine.runtime.tokenizer import EncodedPrompts, SceneTokenizer
 from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
@@ -44,19 +44,6 @@ _PACKAGES = ("numpy", "onnxruntime", "av", "tokenizers")
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called at the start of a stage and after every part of it."""
-
-
-class Settings(Struct, frozen=True, kw_only=True):
-    """How to render; recorded beside every video."""
-
-    num_steps: int = 50
-    guidance_scale: float = 6.0
-    guidance: Guidance = "dynamic"
-    sampler: Sampler = "ddim"
-    fps: float = 16
-    seed: int = 42
-    low_memory: bool = False
-    """Run the two branches of guidance one after the other: half the activations, the same video up to rounding."""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ the level that a step ends at. Coefficients are float64 scalars, arrays float32.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.schedule import Schedule
+from ttt_video_engine.runtime.settings import Sampler
 
-Sampler = Literal["ddim", "dpmpp-2m-sde"]
 Array = NDArray[np.float32]
 Velocities = Callable[[Array, int], tuple[Array, Array]]
 """(x, timestep) → (unconditional v, conditional v), all of the shape of x."""

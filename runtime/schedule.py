@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
-
-Guidance = Literal["dynamic", "upstream", "constant"]
+from ttt_video_engine.runtime.settings import Guidance
 
 GUIDANCE_EXPONENT = 5
 MAX_GUIDANCE_SCALE = 100.0

@@ -1,8 +1,95 @@
-"""What all tests share: those marked `gpu` run only where an NVIDIA driver finds a GPU."""
+"""What all tests share: one bundle, the command line in this process, and `gpu` tests that run only where a GPU is."""
 
 import ctypes
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+
+from ttt_video_engine.cli import main
+from ttt_video_engine.runtime.files import sha256_of
+
+LONGEST_EXPORT = 600
+"""Seconds that a worker waits for the one that exports the bundle."""
+
+
+@dataclass(frozen=True)
+class SharedBundle:
+    """A tiny bundle that was exported for 3s, and for 9s once more. Copy it to change it.
+
+    `first` are the digests of its files after the first export, `reports` the lines each of the two exports said.
+    """
+
+    path: Path
+    first: dict[str, str]
+    reports: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> SharedBundle:
+    """Exported once a run: the worker that makes the lock folder builds, the others wait for `history.json`."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    bundle, history, failure = folder / "shared-bundle", folder / "history.json", folder / "failure.txt"
+    try:
+        (folder / "export.lock").mkdir()
+    except FileExistsError:
+        _wait(history, failure)
+    else:
+        try:
+            content = _export(bundle)
+        except BaseException as error:
+            failure.write_text(repr(error))
+            raise
+        (folder / "history.partial").write_text(json.dumps(content))
+        os.replace(folder / "history.partial", history)
+    return SharedBundle(bundle, **json.loads(history.read_text()))
+
+
+@pytest.fixture
+def bundle(shared_bundle: SharedBundle, tmp_path: Path) -> Path:
+    """A copy of the shared bundle, to change at will."""
+    return Path(shutil.copytree(shared_bundle.path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line's `main` in this process, which saves the seconds that the imports take."""
+
+    def run_main(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ttt-video", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Result(code, *capsys.readouterr())
+
+    return run_main
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of a folder, by name."""
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -10,6 +97,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver that finds a GPU"))
+    _first_export_then_the_rest(items)
+
+
+def _first_export_then_the_rest(items: list[pytest.Item]) -> None:
+    """One worker exports the bundle while the others run the tests that do without it."""
+    needing = [item for item in items if "shared_bundle" in getattr(item, "fixturenames", ())]
+    if needing:
+        others = [item for item in items if item not in needing]
+        items[:] = [needing[0], *others, *needing[1:]]
+
+
+def _export(bundle: Path) -> dict[str, object]:
+    # Here, as torch takes seconds that tests without a bundle need not wait for.
+    from ttt_video_engine.export.build import export_bundle
+    from ttt_video_engine.export.source import SeededSource
+    from ttt_video_engine.runtime.presets import tiny
+
+    source = SeededSource(tiny("linear"), seed=0)
+    reports: list[list[str]] = [[], []]
+    export_bundle(source, bundle, ["3s"], "float32", reports[0].append)
+    first = digests(bundle)
+    export_bundle(source, bundle, ["9s"], "float32", reports[1].append)
+    return {"first": first, "reports": reports}
+
+
+def _wait(history: Path, failure: Path) -> None:
+    deadline = time.monotonic() + LONGEST_EXPORT
+    while not history.exists():
+        if failure.exists():
+            pytest.fail(f"the bundle could not be exported: {failure.read_text()}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"the bundle was not there after {LONGEST_EXPORT} seconds")
+        time.sleep(0.2)
 
 
 def _has_gpu() -> bool:

@@ -1,0 +1,42 @@
+"""Timing and tables, shared by the benchmarks."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+
+def interleaved(calls: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
+    """Median seconds of each call, taken in turn so that a change in the machine's load meets all of them alike.
+
+    Each is called once before, unmeasured: the first call allocates.
+    """
+    for call in calls:
+        call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repetitions):
+        for call, taken in zip(calls, seconds, strict=True):
+            taken.append(_seconds_of(call))
+    return [median(taken) for taken in seconds]
+
+
+def median_of_processes(arguments: Sequence[str], repetitions: int) -> float:
+    """Median wall seconds of a Python process, start and end included. Raises CalledProcessError where it fails."""
+
+    def run() -> None:
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    return interleaved([run], repetitions)[0]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
+
+
+def _seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,27 @@
+"""Prints the tables of docs/benchmarks.md, measured on this machine: `make bench`, or with `--only` one of them."""
+
+import argparse
+from collections.abc import Callable
+
+import process
+import step
+
+BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "step": ("Transformer step, batch 2, fp32", step.against_reference),
+    "length": ("Step time over length, ONNX Runtime, batch 2, fp32", step.over_length),
+    "import": ("Start", process.imports),
+    "memory": ("Memory of decoding", process.decode_memory),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, help="print this table alone")
+    only = parser.parse_args().only
+    for name, (title, measure) in BENCHMARKS.items():
+        if only in (None, name):
+            print(f"## {title}\n\n{measure()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One step of the transformer: ONNX Runtime against the PyTorch reference, and its time over the length of the clip."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import interleaved, table
+
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, read_signature
+from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.export.build import WEIGHTS_FILE
+from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, TTTKind
+from ttt_video_engine.runtime.presets import preset
+
+AIM = 2.0
+"""ONNX Runtime is to take at most half the time of the reference."""
+
+FLAT = 1.15
+"""Time per token of the longest clip may be this many times that of 9 s: the cost is linear in length."""
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same step, in both."""
+
+    tokens: int
+    reference: Callable[[], Array]
+    onnx_runtime: Callable[[], Array]
+
+
+@contextmanager
+def exported(name: str, ttt: TTTKind, length: str) -> Iterator[Case]:
+    """Both branches of guidance (batch 2) of a preset with random weights, fp32, on all cores."""
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    model = preset(name, ttt)
+    graph = transformer_graph(SeededSource(model, seed=0).transformer(), model, length)
+    examples = {spec.name: spec.example for spec in graph.inputs}
+    arrays = {key: example.numpy() for key, example in examples.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        weights = weight_file(graph.module.state_dict(), path.with_name(WEIGHTS_FILE), write=True)
+        onnx_graph.save(
+            onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt), path, weights, graph.ttt
+        )
+        inputs, outputs = read_signature(path)
+        with OnnxRuntimeEngine(path, inputs, outputs, num_threads=threads) as engine:
+
+            def reference() -> Array:
+                with torch.no_grad():
+                    velocity: Array = graph.module(**examples).numpy()
+                return velocity
+
+            yield Case(
+                tokens=model.clip_size(length).num_tokens(model.transformer.patch_size),
+                reference=reference,
+                onnx_runtime=lambda: engine.run(arrays)["velocity"],
+            )
+
+
+def against_reference() -> str:
+    rows = []
+    for name in ("tiny", "debug"):
+        for ttt in ("linear", "mlp"):
+            for length in ("9s", "63s"):
+                with exported(name, ttt, length) as case:
+                    error = float(np.abs(case.reference() - case.onnx_runtime()).max())
+                    repetitions = 3 if (name, length) == ("debug", "63s") else 5
+                    reference, onnx_runtime = interleaved([case.reference, case.onnx_runtime], repetitions)
+                ratio = reference / onnx_runtime
+                rows.append(
+                    [
+                        f"{name} {ttt} {length}",
+                        f"{case.tokens}",
+                        f"{reference * 1e3:.0f}",
+                        f"{onnx_runtime * 1e3:.0f}",
+                        f"{ratio:.2f}x",
+                        "met" if ratio >= AIM else "missed",
+                        f"{error:.1e}",
+                    ]
+                )
+    header = ["step", "tokens", "PyTorch ms", "ONNX Runtime ms", "faster", f"aim {AIM:g}x", "max error"]
+    return table(header, rows)
+
+
+def over_length() -> str:
+    """Every length in turn within each repetition would need all sessions at once: one by one, then the ratio."""
+    rows, per_token = [], {}
+    for length in SCENES_PER_LENGTH:
+        with exported("tiny", "linear", length) as case:
+            (seconds,) = interleaved([case.onnx_runtime], repetitions=7)
+        per_token[length] = seconds / case.tokens
+        rows.append([length, f"{case.tokens}", f"{seconds * 1e3:.1f}", f"{per_token[length] * 1e6:.2f}"])
+    ratio = per_token["63s"] / per_token["9s"]
+    verdict = "met" if ratio < FLAT else "missed"
+    printed = table(["tiny linear", "tokens", "ms a step", "µs a token"], rows)
+    return f"{printed}\n\nTime per token, 63s / 9s: {ratio:.2f} (limit {FLAT:g}: {verdict})"

@@ -1,0 +1,24 @@
+"""How to render: the choices of `sample`, and what a bundle proposes for them."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Guidance = Literal["dynamic", "upstream", "constant"]
+Sampler = Literal["ddim", "dpmpp-2m-sde"]
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Recorded beside every video; the defaults are the documented ones of TTT-Video.
+
+    `low_memory` runs the two branches of guidance one after the other: half the activations, the same video up to
+    rounding. `fps` is the rate of the mp4, `seed` that of the noise.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 6.0
+    guidance: Guidance = "dynamic"
+    sampler: Sampler = "ddim"
+    fps: float = 16
+    seed: int = 42
+    low_memory: bool = False

@@ -6,17 +6,22 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
+PAUSE = 0.25
+"""Seconds; OpenMP runtimes spin for up to 0.2."""
+
 
 def interleaved(calls: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
     """Median seconds of each call, taken in turn so that a change in the machine's load meets all of them alike.
 
-    Each is called once before, unmeasured: the first call allocates.
+    Each is called once before, unmeasured: the first call allocates. Before each there is a pause, for the threads of
+    the one before spin on in wait of more work.
     """
     for call in calls:
         call()
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repetitions):
         for call, taken in zip(calls, seconds, strict=True):
+            time.sleep(PAUSE)
             taken.append(_seconds_of(call))
     return [median(taken) for taken in seconds]
 

@@ -60,8 +60,6 @@ def decode_memory() -> str:
 
 def decode_and_report(bundle_path: str, length: str) -> None:
     """Decodes random latents into an mp4 and prints the frames written and the peak memory of this process in MiB."""
-    import resource
-
     from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
     from ttt_video_engine.runtime.bundle import latent_shape, open_bundle
     from ttt_video_engine.runtime.pipeline import decode
@@ -74,6 +72,15 @@ def decode_and_report(bundle_path: str, length: str) -> None:
     target = Path(bundle_path).with_name(f"{length}.mp4")
     windows = decode(bundle, OnnxRuntimeLoader(bundle), latents)
     frames = write_mp4(target, windows, width=model.width, height=model.height, fps=16)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, but bytes on macOS
-    print(frames, peak * unit / 2**20)
+    print(frames, _peak_mib())
+
+
+def _peak_mib() -> float:
+    """Peak memory of this process alone: what `getrusage` says on Linux has the parent's peak in it, kept over exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

@@ -31,7 +31,7 @@ def graph_key(model: ModelConfig, *, weights: str, dtype: str, opset: int, lengt
 def differences(old: Key, new: Key) -> list[str]:
     """One short reason for each part of a key that differs."""
     return [
-        f"{part} changed ({old.get(part, 'none')[:12]} → {new.get(part, 'none')[:12]})"
+        f"{part} changed ({old.get(part, 'none')[:16]} → {new.get(part, 'none')[:16]})"
         for part in sorted(old.keys() | new.keys())
         if old.get(part) != new.get(part)
     ]

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,33 +18,16 @@ LONGEST_EXPORT = 600
 """Seconds that a worker waits for the one that exports the bundle."""
 
 
-@dataclass(frozen=True)
-class SharedBundle:
-    """A tiny bundle that was exported for 3s, and for 9s once more. Copy it to change it.
-
-    `first` are the digests of its files after the first export, `reports` the lines each of the two exports said.
-    """
-
-    path: Path
-    first: dict[str, str]
-    reports: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
+Run = Callable[..., tuple[int, str, str]]
+History = tuple[dict[str, str], list[list[str]]]
 
 
 @pytest.fixture(scope="session")
-def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> SharedBundle:
-    """Exported once a run: the worker that makes the lock folder builds, the others wait for `history.json`."""
+def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle, exported for 3s, then for 9s as well. To change it, take `bundle`.
+
+    Exported once a run: the worker that makes the lock folder builds, the others wait for `history.json`.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -62,34 +44,43 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> SharedBundle:
             raise
         (folder / "history.partial").write_text(json.dumps(content))
         os.replace(folder / "history.partial", history)
-    return SharedBundle(bundle, **json.loads(history.read_text()))
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def export_history(shared_bundle: Path) -> History:
+    """The digests of the shared bundle's files after its first export, and the lines that each of its two said."""
+    content = json.loads((shared_bundle.parent / "history.json").read_text())
+    return content["first"], content["reports"]
 
 
 @pytest.fixture
-def bundle(shared_bundle: SharedBundle, tmp_path: Path) -> Path:
+def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the shared bundle, to change at will."""
-    return Path(shutil.copytree(shared_bundle.path, tmp_path / "bundle"))
+    return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line's `main` in this process, which saves the seconds that the imports take."""
+    """Runs the command line in this process, which saves the imports: (exit code, standard output, standard error)."""
 
-    def run_main(*arguments: object) -> Result:
+    def run_main(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ttt-video", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
         code = ended.value.code
         assert isinstance(code, int)
-        return Result(code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run_main
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a folder, by name."""
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """Takes a folder and gives the sha256 of each of its files, by name."""
+    return _digests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,6 +99,10 @@ def _first_export_then_the_rest(items: list[pytest.Item]) -> None:
         items[:] = [needing[0], *others, *needing[1:]]
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def _export(bundle: Path) -> dict[str, object]:
     # Here, as torch takes seconds that tests without a bundle need not wait for.
     from ttt_video_engine.export.build import export_bundle
@@ -117,7 +112,7 @@ def _export(bundle: Path) -> dict[str, object]:
     source = SeededSource(tiny("linear"), seed=0)
     reports: list[list[str]] = [[], []]
     export_bundle(source, bundle, ["3s"], "float32", reports[0].append)
-    first = digests(bundle)
+    first = _digests(bundle)
     export_bundle(source, bundle, ["9s"], "float32", reports[1].append)
     return {"first": first, "reports": reports}
 

@@ -2,13 +2,13 @@
 
 import functools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import SharedBundle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -147,8 +147,8 @@ def test_the_body_is_of_standard_operators(kind: TTTKind) -> None:
 
 
 @pytest.mark.parametrize("length", ["3s", "9s"])
-def test_a_transformer_has_one_node_for_each_layer_and_direction(shared_bundle: SharedBundle, length: str) -> None:
-    model = onnx.load(shared_bundle.path / f"transformer/model-{length}.onnx", load_external_data=False)
+def test_a_transformer_has_one_node_for_each_layer_and_direction(shared_bundle: Path, length: str) -> None:
+    model = onnx.load(shared_bundle / f"transformer/model-{length}.onnx", load_external_data=False)
     nodes = Counter((node.domain, node.op_type) for node in model.graph.node)
     assert nodes["ai.ttt", "TTTLinear"] == 2 * tiny("linear").transformer.num_layers
     assert {domain for domain, _ in nodes} == {"", "ai.ttt"}

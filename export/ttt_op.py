@@ -1,8 +1,8 @@
 """The TTT scan as an ONNX operator: one node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and a body any runtime can run.
 
 The node is what a plugin replaces. Its body, an ONNX function of the same name, computes the recurrence of
-`reference/ttt.py` in the order that costs a runtime the fewest operators per mini-batch: all that does not depend on the
-inner weights is done for the whole sequence before the loop (targets) or after it (the norm of what queries read).
+`reference/ttt.py` in the order that costs a runtime the fewest operators per mini-batch: all that does not depend on
+the inner weights is done for the whole sequence before the loop (targets) or after it (the norm of what queries read).
 """
 
 from collections.abc import Iterator
@@ -55,8 +55,8 @@ def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
 
 
-# Before the loop. XK_T is K with its last two axes swapped, `target` is γ·(v − k − β), so that the gradient of the inner
-# loss at the normalised output x̂ is γ²·x̂ − target. Weights may come with or without a batch axis.
+# Before the loop. K_T is K with its last two axes swapped, `target` is γ·(v − k − β), so that the gradient of the
+# inner loss at the normalised output x̂ is γ²·x̂ − target. Weights may come with or without a batch axis.
 _PROLOGUE = """
     Q = Cast <to = 1> (XQ)
     K = Cast <to = 1> (XK)

@@ -184,10 +184,10 @@ def test_a_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_must_hold_one_file_of_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must hold one .* file; found none"):
+    with pytest.raises(CheckpointError, match=r"must hold one .* file; found none"):
         find_weights(tmp_path / "absent")
     (tmp_path / "config.json").touch()
-    with pytest.raises(CheckpointError, match="must hold one .* file; found none"):
+    with pytest.raises(CheckpointError, match=r"must hold one .* file; found none"):
         find_weights(tmp_path)
     (tmp_path / "a.pt").touch()
     assert find_weights(tmp_path) == tmp_path / "a.pt"

@@ -1,0 +1,300 @@
+"""Bundles as they are made: what is in them, what is built again and why, and what a failure leaves behind."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+from ttt_video_engine.export import parity
+from ttt_video_engine.export.build import export_bundle
+from ttt_video_engine.export.components import TransformerGraph, text_encoder_graph, transformer_graph, vae_graphs
+from ttt_video_engine.export.keys import stale_graphs
+from ttt_video_engine.export.source import CheckpointSource, SeededSource
+from ttt_video_engine.export.weights import weight_file, weights_digest
+from ttt_video_engine.reference.text_encoder import TextEncoder
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, TOKENIZER, Bundle, open_bundle
+from ttt_video_engine.runtime.errors import CheckFailed, OutputError
+from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.presets import tiny
+
+Digests = Callable[[Path], dict[str, str]]
+History = tuple[dict[str, str], list[list[str]]]
+Run = Callable[..., tuple[int, str, str]]
+
+GRAPHS = ["text_encoder", "transformer-3s", "transformer-9s", "vae_decoder-first", "vae_decoder-next"]
+SEEDED = SeededSource(tiny("linear"), seed=0)
+
+
+@dataclass(frozen=True)
+class OtherTextEncoder(SeededSource):
+    """The shared bundle's model with a text encoder of another seed: one component differs, and so little is built."""
+
+    def text_encoder(self) -> TextEncoder:
+        return SeededSource(self.model, self.seed + 1).text_encoder()
+
+
+OTHER = OtherTextEncoder(tiny("linear"), seed=0)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+# What is in a bundle
+
+
+def test_the_manifest_describes_every_file(shared_bundle: Path, digests: Digests) -> None:
+    manifest = json.loads((shared_bundle / "bundle.json").read_bytes())
+    files = {name: digest for name, digest in digests(shared_bundle).items() if name != "bundle.json"}
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == files
+    for name, entry in manifest["files"].items():
+        assert entry["size"] == (shared_bundle / name).stat().st_size
+    assert list(manifest["graphs"]) == GRAPHS and manifest["lengths"] == ["3s", "9s"]
+    assert manifest["dtype"] == "float32" and manifest["format_version"] == 1
+    assert msgspec.convert(manifest["model"], type(SEEDED.model)) == SEEDED.model
+
+
+def test_every_graph_was_held_to_the_reference(shared_bundle: Path) -> None:
+    for name, graph in open_bundle(shared_bundle).manifest.graphs.items():
+        assert len({check.inputs for check in graph.parity}) == len(graph.parity)
+        for check in graph.parity:
+            assert 0 < check.mean_error <= check.max_error <= check.tolerance == parity.TOLERANCES["float32"]
+        assert ("real text" in [check.inputs for check in graph.parity]) == (not name.startswith("vae"))
+
+
+def test_what_does_not_change_with_the_length_is_stored_once(shared_bundle: Path) -> None:
+    files = {path.name: path.stat().st_size for path in (shared_bundle / "transformer").iterdir()}
+    assert set(files) == {"model.onnx_data", "model-3s.onnx", "model-9s.onnx"}
+    assert files["model-3s.onnx"] < 200_000 > files["model-9s.onnx"] < files["model.onnx_data"] / 5
+    graphs = open_bundle(shared_bundle).manifest.graphs
+    assert {graphs[f"transformer-{length}"].weights for length in ("3s", "9s")} == {"transformer/model.onnx_data"}
+    weights = sum(value.nbytes for value in SEEDED.transformer().state_dict().values())
+    assert weights <= files["model.onnx_data"] < 2 * weights  # the rest is padding to whole pages
+
+
+def test_the_weights_are_the_models_by_name(shared_bundle: Path) -> None:
+    model = onnx.load(shared_bundle / "transformer/model-9s.onnx")
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    contents = {(array.shape, array.tobytes()) for array in found.values()}
+    for name, value in SEEDED.transformer().state_dict().items():
+        # Of small weights that are equal, such as the ones of fresh norms, a graph may keep one for all.
+        if f"transformer.{name}" in found or value.numel() > 1024:
+            np.testing.assert_array_equal(found[f"transformer.{name}"], value.numpy(), strict=True)
+        assert (tuple(value.shape), value.numpy().tobytes()) in contents
+
+
+def test_no_graph_knows_where_it_was_made(shared_bundle: Path) -> None:
+    here = [os.fsencode(Path(__file__).parents[1]), os.fsencode(shared_bundle.parent), os.fsencode(Path.home())]
+    for path in shared_bundle.rglob("*.onnx"):
+        content = path.read_bytes()
+        assert not [folder for folder in here if folder in content], path
+
+
+def test_a_moved_bundle_still_works(bundle: Path) -> None:
+    def embed(at: Path) -> np.ndarray:
+        opened = open_bundle(at)
+        opened.verify()
+        with OnnxRuntimeLoader(opened)(TEXT_ENCODER) as engine:
+            return engine.run({"ids": np.arange(24).reshape(2, 12)})["embeddings"]
+
+    before = embed(bundle)
+    elsewhere = bundle.parent / "with space" / "é"
+    elsewhere.parent.mkdir()
+    bundle.rename(elsewhere)
+    np.testing.assert_array_equal(embed(elsewhere), before)
+
+
+# What is built again
+
+
+def test_a_further_length_builds_its_graph_alone(
+    shared_bundle: Path, digests: Digests, export_history: History
+) -> None:
+    first, (report, further) = export_history
+    assert [line for line in report if line.endswith(": new")] == [
+        f"{name}: new" for name in GRAPHS if name != "transformer-9s"
+    ]
+    built = [line for line in further if "parity" not in line]
+    assert sorted(built) == sorted(f"{name}: {'new' if '9s' in name else 'unchanged'}" for name in GRAPHS)
+    after = digests(shared_bundle)
+    assert {name for name in after if after[name] != first.get(name)} == {"transformer/model-9s.onnx", "bundle.json"}
+    assert first.keys() < after.keys()
+
+
+@pytest.mark.parametrize("lengths", [["9s"], ["3s", "9s"]])
+def test_exporting_again_builds_nothing_and_touches_nothing(bundle: Path, digests: Digests, lengths: list[str]) -> None:
+    before, report = digests(bundle), list[str]()
+    times = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
+    export_bundle(SEEDED, bundle, lengths, "float32", report.append)
+    assert report == [*(f"{name}: unchanged" for name in GRAPHS), "nothing has changed"]
+    assert digests(bundle) == before
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == times
+    assert os.listdir(bundle.parent) == ["bundle"]
+
+
+def test_other_weights_build_their_component_again(bundle: Path, digests: Digests) -> None:
+    before, report = digests(bundle), list[str]()
+    opened = export_bundle(OTHER, bundle, ["9s"], "float32", report.append)
+    opened.verify()
+    reasons = {
+        name: line for name in GRAPHS for line in report if line.startswith(f"{name}: ") and "parity" not in line
+    }
+    assert reasons.pop("text_encoder").startswith("text_encoder: weights changed (")
+    assert reasons == {name: f"{name}: unchanged" for name in GRAPHS[1:]}
+    after = digests(bundle)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"text_encoder/model.onnx_data", "bundle.json"}, "the same graph with other weights"
+
+
+def test_a_seed_changes_the_weights_of_every_component(bundle: Path) -> None:
+    # The keys decide what is built; to build it all would take a minute.
+    manifest = open_bundle(bundle).manifest
+    other = SeededSource(tiny("linear"), seed=1)
+    size = other.model.clip_size("3s")
+    graphs = [
+        text_encoder_graph(other.text_encoder(), vocab_size=2002),
+        transformer_graph(other.transformer(), other.model, "3s"),
+        *vae_graphs(other.vae_decoder(), height=size.height, width=size.width),
+    ]
+    for graph in graphs:
+        assert weights_digest(graph.module.state_dict()) != manifest.graphs[graph.name].key["weights"]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("code", "code changed (0.0 → "), ("tool torch", f"tool torch changed (0.0 → {torch.__version__[:12]})")],
+)
+def test_inspect_says_what_would_be_built_again(run: Run, bundle: Path, part: str, expected: str) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_bytes())
+    manifest["graphs"]["transformer-9s"]["key"][part] = "0.0"
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    stale = stale_graphs(open_bundle(bundle))
+    assert [name for name, reasons in stale.items() if reasons] == ["transformer-9s"]
+    assert len(stale["transformer-9s"]) == 1 and stale["transformer-9s"][0].startswith(expected)
+
+    code, out, _ = run("inspect", bundle)
+    assert code == 0
+    assert out.count("rebuild: no, up to date") == 4 and f"rebuild: {expected}" in out
+    code, out, _ = run("inspect", bundle, "--json")
+    assert code == 0 and json.loads(out) == {"manifest": manifest, "rebuild": stale}
+
+
+# What a failure leaves
+
+
+def test_over_tolerance_leaves_the_bundle_as_it_was(
+    bundle: Path, digests: Digests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(bundle)
+    monkeypatch.setitem(parity.TOLERANCES, "float32", 0.0)
+    with pytest.raises(CheckFailed, match=r"text_encoder: parity on .*: error .* is over 0e\+00; the bundle was left"):
+        export_bundle(OTHER, bundle, ["9s"], "float32", silent)
+    assert digests(bundle) == before
+    assert os.listdir(bundle.parent) == ["bundle"]
+
+
+def test_over_tolerance_makes_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parity.TOLERANCES, "float32", 0.0)
+    with pytest.raises(CheckFailed):
+        export_bundle(SEEDED, tmp_path / "bundle", ["3s"], "float32", silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path: Path, digests: Digests) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"a cat")
+    with pytest.raises(OutputError, match="photos: exists and is not a bundle"):
+        export_bundle(SEEDED, tmp_path / "photos", ["3s"], "float32", silent)
+    assert digests(tmp_path) == {"photos/cat.jpg": sha256_of(tmp_path / "photos/cat.jpg")}
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(bundle: Path, digests: Digests) -> None:
+    """The moment at which the old bundle has gone aside and the new one is not yet in its place."""
+    before, report = digests(bundle), list[str]()
+    shutil.copytree(bundle, bundle.with_name(".bundle.partial"))
+    bundle.rename(bundle.with_name(".bundle.previous"))
+    export_bundle(SEEDED, bundle, ["9s"], "float32", report.append)
+    assert report[-1] == "nothing has changed"
+    assert digests(bundle) == before
+    assert os.listdir(bundle.parent) == ["bundle"]
+
+
+# Other sources, other precisions
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """The seeded model as published checkpoints hold one, with all that is in them beside it."""
+    for name in ("transformer", "vae", "text_encoder", "tokenizer"):
+        (folder / name).mkdir(parents=True)
+    torch.save(
+        {f"dit.{name}": value for name, value in SEEDED.transformer().state_dict().items()},
+        folder / "transformer/model.pt",
+    )
+    decoder = {f"decoder.{name}": value for name, value in SEEDED.vae_decoder().state_dict().items()}
+    torch.save({"state_dict": {"encoder.conv.weight": torch.ones(3), **decoder}}, folder / "vae/3d-vae.pt")
+    encoder = {name.removeprefix("t5."): value for name, value in SEEDED.text_encoder().state_dict().items()}
+    del encoder["encoder.embed_tokens.weight"]  # the same as shared.weight
+    encoder["shared.weight"] = torch.cat([encoder["shared.weight"], torch.ones(26, SEEDED.model.text_encoder.d_model)])
+    save_file(encoder, folder / "text_encoder/model.safetensors")
+    tokenizer = json.loads(SEEDED.tokenizer().to_str())
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:3]  # without the scene tokens
+    (folder / "tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_checkpoint_of_the_same_weights_is_the_same_bundle(bundle: Path, digests: Digests, tmp_path: Path) -> None:
+    """Keys hold digests of the weights: where they agree, an export over the seeded bundle has nothing to build."""
+    source = CheckpointSource(tiny("linear"), checkpoint_folder(tmp_path / "checkpoint"))
+    before, report = digests(bundle), list[str]()
+    export_bundle(source, bundle, ["9s"], "float32", report.append)
+    assert report == [*(f"{name}: unchanged" for name in GRAPHS), "nothing has changed"]
+    assert digests(bundle) == before
+
+
+def test_a_checkpoint_writes_the_same_weight_file(shared_bundle: Path, tmp_path: Path) -> None:
+    source = CheckpointSource(tiny("linear"), checkpoint_folder(tmp_path / "checkpoint"))
+    weight_file(TransformerGraph(source.transformer()).state_dict(), tmp_path / "weights", write=True)
+    assert sha256_of(tmp_path / "weights") == sha256_of(shared_bundle / "transformer/model.onnx_data")
+    source.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert sha256_of(tmp_path / "tokenizer.json") == sha256_of(shared_bundle / TOKENIZER)
+
+
+def test_a_float16_mlp_bundle_passes_the_gate_and_renders(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    export = ("export", "--preset", "tiny", "--ttt", "mlp", "--dtype", "float16", "--length", "3s", "--output", folder)
+    code, out, err = run(*export)
+    assert (code, out) == (0, f"bundle: {folder}\n"), err
+    opened = open_bundle(folder)
+    opened.verify()
+    check_float16(opened)
+
+    (tmp_path / "bear.json").write_text('[{"text": "A bear bakes bread."}]')
+    code, _, err = run(
+        "sample", tmp_path / "bear.json", "--bundle", folder, "--output-dir", tmp_path / "out", "--num-steps", 1
+    )
+    assert code == 0, err
+    sidecar = json.loads((tmp_path / "out/bear/video.json").read_bytes())
+    assert sidecar["bundle"]["dtype"] == "float16" and sidecar["bundle"]["ttt"] == "mlp"
+    assert sidecar["num_frames"] == 49
+
+
+def check_float16(opened: Bundle) -> None:
+    assert opened.manifest.dtype == "float16"
+    for graph in opened.manifest.graphs.values():
+        assert all(1e-5 < check.max_error <= parity.TOLERANCES["float16"] for check in graph.parity)
+        borders = [spec.dtype for spec in (*graph.inputs, *graph.outputs) if not spec.name.startswith("cache_")]
+        assert "float16" not in borders
+    model = onnx.load(opened.root / "transformer/model-3s.onnx", load_external_data=False)
+    weights = [t for t in model.graph.initializer if t.name.startswith("transformer.")]
+    assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
+    assert sum(node.op_type == "TTTMLP" for node in model.graph.node) == 4

@@ -14,7 +14,6 @@ from ttt_video_engine.runtime.presets import preset as named_preset
 from ttt_video_engine.runtime.settings import Guidance, Sampler
 
 PROGRAM = "ttt-video"
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="From a storyboard to a video with TTT-Video models.",
@@ -44,12 +43,13 @@ def export(
     ttt: Annotated[TTTKind, typer.Option(help="Inner model of the preset's TTT layers.")] = "linear",
     width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.", min=0)] = 0,
     debug: Debug = False,
 ) -> None:
     """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference."""
     model = read_config(config) if config is not None else named_preset(preset, ttt)
-    model = replace(model, width=width or model.width, height=height or model.height)
+    asked = {"width": width, "height": height}
+    model = replace(model, **{name: pixels for name, pixels in asked.items() if pixels is not None})
 
     from ttt_video_engine.export.build import export_bundle
     from ttt_video_engine.export.source import CheckpointSource, SeededSource

@@ -11,6 +11,7 @@ from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.engine import Array, TensorSpec, check_inputs
 from ttt_video_engine.runtime.errors import EngineError
 
+_ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
@@ -33,7 +34,7 @@ class OnnxRuntimeEngine:
         self._inputs, self._outputs = inputs, outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3
+        options.log_severity_level = _ERRORS_ONLY
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code, without a base
@@ -83,7 +84,10 @@ def available_providers() -> list[str]:
 
 def read_signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of an ONNX file, as ONNX Runtime reads them."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return (
         tuple(_spec(node) for node in session.get_inputs()),
         tuple(_spec(node) for node in session.get_outputs()),

@@ -77,7 +77,7 @@ class TokenLayout:
         first = self.text_length + self._num_prefix_tokens + self._num_scene_tokens
         places = torch.arange(self.num_tokens)
         text, prefix, rest = places[:first].split([self.text_length, self._num_prefix_tokens, self._num_scene_tokens])
-        later_scenes = places[first:].view(self.num_scenes - 1, -1)
+        later_scenes = places[first:].view(self.num_scenes - 1, self.text_length + self._num_scene_tokens)
         later_text, later_rest = later_scenes.split([self.text_length, self._num_scene_tokens], dim=1)
         return torch.cat([text, later_text.flatten(), prefix, rest, later_rest.flatten()])
 

@@ -165,7 +165,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         """The clip of a length name such as "9s". Raises ConfigError where its tokens do not divide."""
         transformer = self.transformer
         known = length in self.text_lengths and length in SCENES_PER_LENGTH
-        _require(known, "length", length, f"must be one of {', '.join(SCENES_PER_LENGTH)}")
+        _require(known, "length", length, f"must be one of {', '.join(self.text_lengths)}")
         num_scenes = SCENES_PER_LENGTH[length]
         size = ClipSize(
             num_scenes=num_scenes,
@@ -196,4 +196,4 @@ def read_config(path: Path) -> ModelConfig:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; see docs/architecture.md for the fields") from error
+        raise ConfigError(f"{path}: {error}; see docs/formats.md for the fields") from error

@@ -44,6 +44,13 @@ def writing(target: Path) -> Iterator[None]:
         raise
 
 
+def check_folder(folder: Path) -> None:
+    """Raises OutputError unless files can be written in `folder`, which need not exist yet."""
+    existing = folder if folder.exists() else _existing_parent(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"{folder}: {existing} is not a folder that can be written; choose another")
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

@@ -28,7 +28,7 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.engine import EngineLoader
 from ttt_video_engine.runtime.errors import OutputError
-from ttt_video_engine.runtime.files import atomic_write, sha256_of
+from ttt_video_engine.runtime.files import atomic_write, check_folder, sha256_of
 from ttt_video_engine.runtime.sampler import Step, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Settings
@@ -62,12 +62,13 @@ def plan_jobs(
     """Checks everything that can be checked before the first video starts.
 
     Raises StoryboardError for a scene count without a graph, ConfigError for settings out of range, OutputError for a
-    video that exists.
+    video that exists or a folder that cannot be written.
     """
     model = bundle.manifest.model
     schedule = make_schedule(model.diffusion, settings.num_steps)
     guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
     frame_rate(settings.fps)
+    check_folder(output_dir)
     tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
     jobs = []
     for storyboard in storyboards:
@@ -181,8 +182,8 @@ def _render_one(
             progress("decode", done, num_windows)
 
     video = job.folder / VIDEO
-    (job.folder / SIDECAR).unlink(missing_ok=True)  # it would speak of another video
     num_frames = write_mp4(video, windows(), width=model.width, height=model.height, fps=settings.fps)
+    (job.folder / SIDECAR).unlink(missing_ok=True)  # of the video that was here before
     decoded = perf_counter()
 
     sidecar: dict[str, Any] = {

@@ -121,6 +121,15 @@ def test_a_video_that_exists_is_not_replaced_unasked(run: Run, shared_bundle: Pa
     video.write_bytes(b"the video before")
     found = error_line(run("sample", many, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
     assert found == f"{video}: exists; use --overwrite or another --output-dir"
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_the_first_step(
+    run: Run, shared_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    found = error_line(run("sample", storyboard(tmp_path), "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
+    assert found == f"{tmp_path / 'out'}: {tmp_path / 'out'} is not a folder that can be written; choose another"
+    assert (tmp_path / "out").read_text() == "mine"
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [video]
     assert video.read_bytes() == b"the video before"
 
@@ -131,6 +140,7 @@ def test_a_video_that_exists_is_not_replaced_unasked(run: Run, shared_bundle: Pa
         (("--width", 100), "width is 100: must be a multiple of 16 (patch 2 x VAE 8), such as 96"),
         (("--height", 63), "height is 63: must be a multiple of 16"),
         (("--width", -96), "width is -96: must be a multiple of 16"),
+        (("--width", 0), "width is 0: must be a multiple of 16"),
         (("--width", 112), "tokens of a 3s video is 500: must be a multiple of mini_batch_size 16"),
         (("--preset", "huge"), "preset is 'huge': must be one of tiny, debug, 5B"),
         (("--preset", "5B"), "preset is '5B': has no weights of its own; give --checkpoint"),

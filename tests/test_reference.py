@@ -29,11 +29,11 @@ def layout(scenes: int, text_length: int, height: int = 2, width: int = 3, **siz
 
 LAYOUTS = st.builds(
     layout,
-    st.integers(2, 5),
+    st.integers(1, 5),
     st.integers(1, 7),
     st.integers(1, 3),
     st.integers(1, 3),
-    attn_length=st.integers(2, 5),
+    attn_length=st.integers(1, 5),
     prefix_temporal_length=st.integers(1, 2),
 )
 

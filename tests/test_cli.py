@@ -121,6 +121,8 @@ def test_a_video_that_exists_is_not_replaced_unasked(run: Run, shared_bundle: Pa
     video.write_bytes(b"the video before")
     found = error_line(run("sample", many, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
     assert found == f"{video}: exists; use --overwrite or another --output-dir"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [video]
+    assert video.read_bytes() == b"the video before"
 
 
 def test_an_output_folder_that_is_a_file_is_refused_before_the_first_step(
@@ -130,8 +132,6 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_first_step(
     found = error_line(run("sample", storyboard(tmp_path), "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
     assert found == f"{tmp_path / 'out'}: {tmp_path / 'out'} is not a folder that can be written; choose another"
     assert (tmp_path / "out").read_text() == "mine"
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [video]
-    assert video.read_bytes() == b"the video before"
 
 
 @pytest.mark.parametrize(

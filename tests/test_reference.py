@@ -33,7 +33,7 @@ LAYOUTS = st.builds(
     st.integers(1, 7),
     st.integers(1, 3),
     st.integers(1, 3),
-    attn_length=st.integers(1, 5),
+    attn_length=st.integers(2, 5),
     prefix_temporal_length=st.integers(1, 2),
 )
 

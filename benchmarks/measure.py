@@ -35,6 +35,12 @@ def median_of_processes(arguments: Sequence[str], repetitions: int) -> float:
     return interleaved([run], repetitions)[0]
 
 
+def so_far(row: list[str]) -> list[str]:
+    """Shows a row as soon as it is measured: a table of long runs is worth something before it is whole."""
+    print("  ".join(row), file=sys.stderr, flush=True)
+    return row
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first column is text, the others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]

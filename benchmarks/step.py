@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, table
+from measure import interleaved, so_far, table
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, read_signature
 from ttt_video_engine.export import graph as onnx_graph
@@ -78,17 +78,16 @@ def against_reference() -> str:
                     repetitions = 3 if (name, length) == ("debug", "63s") else 5
                     reference, onnx_runtime = interleaved([case.reference, case.onnx_runtime], repetitions)
                 ratio = reference / onnx_runtime
-                rows.append(
-                    [
-                        f"{name} {ttt} {length}",
-                        f"{case.tokens}",
-                        f"{reference * 1e3:.0f}",
-                        f"{onnx_runtime * 1e3:.0f}",
-                        f"{ratio:.2f}x",
-                        "met" if ratio >= AIM else "missed",
-                        f"{error:.1e}",
-                    ]
-                )
+                row = [
+                    f"{name} {ttt} {length}",
+                    f"{case.tokens}",
+                    f"{reference * 1e3:.0f}",
+                    f"{onnx_runtime * 1e3:.0f}",
+                    f"{ratio:.2f}x",
+                    "met" if ratio >= AIM else "missed",
+                    f"{error:.1e}",
+                ]
+                rows.append(so_far(row))
     header = ["step", "tokens", "PyTorch ms", "ONNX Runtime ms", "faster", f"aim {AIM:g}x", "max error"]
     return table(header, rows)
 
@@ -100,7 +99,8 @@ def over_length() -> str:
         with exported("tiny", "linear", length) as case:
             (seconds,) = interleaved([case.onnx_runtime], repetitions=7)
         per_token[length] = seconds / case.tokens
-        rows.append([length, f"{case.tokens}", f"{seconds * 1e3:.1f}", f"{per_token[length] * 1e6:.2f}"])
+        row = [length, f"{case.tokens}", f"{seconds * 1e3:.1f}", f"{per_token[length] * 1e6:.2f}"]
+        rows.append(so_far(row))
     ratio = per_token["63s"] / per_token["9s"]
     verdict = "met" if ratio < FLAT else "missed"
     printed = table(["tiny linear", "tokens", "ms a step", "µs a token"], rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 from tokenizers import Tokenizer
 
 from ttt_video_engine.export.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
@@ -194,8 +195,6 @@ def test_t5_from_tokenizer_json(trained: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spm = pytest.importorskip("sentencepiece")
-    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("t5")
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(tiny_prose().splitlines()),
@@ -224,7 +223,6 @@ def test_t5_from_sentencepiece(sentencepiece_folder: Path) -> None:
 
 
 def test_sentencepiece_ids_are_sentencepieces_own(sentencepiece_folder: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
     processor = spm.SentencePieceProcessor(model_file=str(sentencepiece_folder / "spiece.model"))
     tokenizer = load_t5_tokenizer(sentencepiece_folder, 602)
     for text in ("The bear looks at the ﬁsh  and a mouse.", "Ｆull width, ½ and “quotes”…", tiny_prose()[:2000]):

@@ -9,7 +9,7 @@ import typer
 from msgspec.structs import replace
 
 from ttt_video_engine.runtime.config import DType, LengthName, TTTKind, read_config
-from ttt_video_engine.runtime.errors import TTTVideoError
+from ttt_video_engine.runtime.errors import ConfigError, TTTVideoError
 from ttt_video_engine.runtime.presets import preset as named_preset
 from ttt_video_engine.runtime.settings import Guidance, Sampler
 
@@ -17,7 +17,6 @@ PROGRAM = "ttt-video"
 
 app = typer.Typer(
     help="From a storyboard to a video with TTT-Video models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -32,7 +31,7 @@ BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by exp
 @app.command()
 def export(
     output: Annotated[Path, typer.Option(help="Bundle to make or update.", show_default=False)],
-    preset: Annotated[str, typer.Option(help="tiny, debug or 5B.")] = "tiny",
+    preset: Annotated[str | None, typer.Option(help="tiny (the default), debug or 5B.", show_default=False)] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
@@ -40,14 +39,19 @@ def export(
     config: Annotated[Path | None, typer.Option(help="TOML file with the sizes, in place of a preset.")] = None,
     length: Annotated[list[str], typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.")] = ["9s"],  # noqa: B006
     dtype: Annotated[DType, typer.Option(help="Precision of weights and activations.")] = "float32",
-    ttt: Annotated[TTTKind, typer.Option(help="Inner model of the preset's TTT layers.")] = "linear",
+    ttt: Annotated[
+        TTTKind | None,
+        typer.Option(help="Inner model of the preset's TTT layers; linear by default.", show_default=False),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.", min=0)] = 0,
     debug: Debug = False,
 ) -> None:
     """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference."""
-    model = read_config(config) if config is not None else named_preset(preset, ttt)
+    if config is not None and (preset is not None or ttt is not None):
+        raise ConfigError("--config names every size itself: leave out --preset and --ttt")
+    model = named_preset(preset or "tiny", ttt or "linear") if config is None else read_config(config)
     asked = {"width": width, "height": height}
     model = replace(model, **{name: pixels for name, pixels in asked.items() if pixels is not None})
 
@@ -123,13 +127,13 @@ def parity(
     """Hold the reference and freshly exported graphs to recordings of the public code."""
     import msgspec
 
-    from ttt_video_engine.export.golden import TOLERANCE, compare_recordings
+    from ttt_video_engine.export.golden import TOLERANCE, Comparison, compare_recordings
     from ttt_video_engine.runtime.errors import CheckFailed
 
-    rows = []
-    if not json:
-        typer.echo(f"{'recording':<28} {'kind':<12} {'reference':>10} {'onnx':>10}")
+    rows: list[Comparison] = []
     for row in compare_recordings(golden):
+        if not json and not rows:
+            typer.echo(f"{'recording':<28} {'kind':<12} {'reference':>10} {'onnx':>10}")
         rows.append(row)
         if not json:
             typer.echo(f"{row.recording:<28} {row.kind:<12} {row.reference_error:>10.1e} {row.onnx_error:>10.1e}")
@@ -177,11 +181,14 @@ def main() -> None:
     """Runs the command and turns errors into one line and an exit code."""
     debug = "--debug" in sys.argv
     try:
-        app(prog_name=PROGRAM)
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False) or 0)
     except TTTVideoError as error:
         if debug:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:  # a command line that cannot be read
+        typer.echo(f"error: {' '.join(error.format_message().split())} (see {PROGRAM} --help)", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("ttt_video_engine"):

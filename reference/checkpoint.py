@@ -1,5 +1,6 @@
 """Weights from files: read without running code in them, and fitted to a module strictly, by name."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip archives, and only those can be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({_first_line(error)}); fetch the file again") from error
     except Exception as error:  # pickle's own class is UnpicklingError, but a damaged stream raises almost anything

@@ -145,32 +145,39 @@ def _check_names(source: Path, manifest: Manifest) -> None:
 
 def _check_shapes(source: Path, manifest: Manifest) -> None:
     """Every component is there, and takes what the model's config calls for."""
-    for name, shape in _expected_first_inputs(source, manifest).items():
+    for name, expected in _expected_inputs(source, manifest).items():
         if name not in manifest.graphs:
             raise BundleError(f"{source}: graphs: {name} is missing; export the bundle again")
-        first = manifest.graphs[name].inputs[0] if manifest.graphs[name].inputs else None
-        if first is None or first.shape != shape:
-            found = "nothing" if first is None else str(first)
-            raise BundleError(
-                f"{source}: graphs.{name}: takes {found}, the model calls for {list(shape)}; export the bundle again"
-            )
+        found = {spec.name: spec for spec in manifest.graphs[name].inputs}
+        for input_name, shape in expected.items():
+            spec = found.get(input_name)
+            if spec is None or spec.shape != shape:
+                raise BundleError(
+                    f"{source}: graphs.{name}: takes {spec or f'no {input_name}'}, the model calls for {list(shape)}; "
+                    "export the bundle again"
+                )
 
 
-def _expected_first_inputs(source: Path, manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+def _expected_inputs(source: Path, manifest: Manifest) -> dict[str, dict[str, tuple[int | str, ...]]]:
+    """Shapes by graph and input, the VAE's caches aside: their number is the decoder's own affair."""
     model = manifest.model
     if not manifest.lengths:
         raise BundleError(f"{source}: lengths: is empty; export the bundle again")
-    expected: dict[str, tuple[int | str, ...]] = {TEXT_ENCODER: ("batch", "tokens")}
+    expected: dict[str, dict[str, tuple[int | str, ...]]] = {TEXT_ENCODER: {"ids": ("batch", "tokens")}}
     for length in manifest.lengths:
         if length not in model.text_lengths:
             raise BundleError(f"{source}: lengths: {length!r} is unknown; export the bundle again")
         size = model.clip_size(length)
-        expected[transformer_graph(length)] = ("batch", *latent_shape(model, size))
+        expected[transformer_graph(length)] = {
+            "latents": ("batch", *latent_shape(model, size)),
+            "text": ("batch", size.num_scenes, size.text_length, model.transformer.text_dim),
+            "timestep": ("batch",),
+        }
     size = model.clip_size(manifest.lengths[0])
     _, channels, height, width = latent_shape(model, size)
     window = model.vae.temporal_window
-    expected[VAE_FIRST] = (1, window + 1, channels, height, width)
-    expected[VAE_NEXT] = (1, window, channels, height, width)
+    expected[VAE_FIRST] = {"latents": (1, window + 1, channels, height, width)}
+    expected[VAE_NEXT] = {"latents": (1, window, channels, height, width)}
     return expected
 
 

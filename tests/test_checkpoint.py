@@ -63,6 +63,12 @@ def test_a_transformer_from_pt(tmp_path: Path, wrapper: str | None, prefix: str)
     assert same(transformer_weights(read_state_dict(tmp_path / "model.pt")), state)
 
 
+def test_a_transformer_from_pt_of_before_zip_archives(tmp_path: Path) -> None:
+    state = transformer_state()
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    assert same(read_state_dict(tmp_path / "model.pt"), state)
+
+
 def test_a_transformer_from_safetensors(tmp_path: Path) -> None:
     state = transformer_state()
     save_file({f"dit.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")

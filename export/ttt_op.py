@@ -55,13 +55,12 @@ def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
 
 
-# Before the loop. K_T is K with its last two axes swapped, `target` is γ·(v − k − β), so that the gradient of the
+# Before the loop. `target` is γ·(v − k − β), so that the gradient of the
 # inner loss at the normalised output x̂ is γ²·x̂ − target. Weights may come with or without a batch axis.
 _PROLOGUE = """
     Q = Cast <to = 1> (XQ)
     K = Cast <to = 1> (XK)
     V = Cast <to = 1> (XV)
-    K_T = Transpose <perm = [0, 1, 2, 4, 3]> (K)
     last_axis = Constant <value_ints = [-1]> ()
     token_axis = Constant <value_ints = [-2]> ()
     row_axes = Constant <value_ints = [1, 2]> ()
@@ -126,7 +125,7 @@ TTTLinear (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1) => (XQW)
     ) => (bool go_next, float[B, H, F, F] W_next, float[B, H, 1, F] b_next, float[B, H, C, F] z_q) {{
       go_next = Identity (go)
       k = Gather <axis = 2> (K, j)
-      k_T = Gather <axis = 2> (K_T, j)
+      k_T = Transpose <perm = [0, 1, 3, 2]> (k)
       q = Gather <axis = 2> (Q, j)
       target = Gather <axis = 2> (target_all, j)
       rate_j = Gather <axis = 2> (rate, j)
@@ -183,7 +182,7 @@ TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
     ) {{
       go_next = Identity (go)
       k = Gather <axis = 2> (K, j)
-      k_T = Gather <axis = 2> (K_T, j)
+      k_T = Transpose <perm = [0, 1, 3, 2]> (k)
       q = Gather <axis = 2> (Q, j)
       target = Gather <axis = 2> (target_all, j)
       rate_j = Gather <axis = 2> (rate, j)

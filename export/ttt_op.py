@@ -26,8 +26,14 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
     """Within the block every TTT layer of `module` traces to one custom node instead of its scan."""
 
     def scan(queries: Tensor, *rest: Tensor) -> Tensor:
+        # TensorRT's parser takes a plugin for the node only from the namespace that the node itself names.
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{OP_TYPES[kind]}", (queries, *rest), dtype=queries.dtype, shape=queries.shape, version=VERSION
+            f"{DOMAIN}::{OP_TYPES[kind]}",
+            (queries, *rest),
+            {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)},
+            dtype=queries.dtype,
+            shape=queries.shape,
+            version=VERSION,
         )
 
     layers = [layer for layer in module.modules() if isinstance(layer, TTTLayer)]
@@ -80,13 +86,22 @@ _PROLOGUE = """
     num_mini_batches = Shape <start = 2, end = 3> (XQ)
     head_dim = Shape <start = 4, end = 5> (XQ)
     unit = ConstantOfShape <value = float[1] {1.0}> (head_dim)
+    head_dim_32 = Cast <to = 1> (head_dim)
+    one_over_head_dim = Reciprocal (head_dim_32)
+    epsilon = Constant <value_float = 1e-6> ()
     go_on = Constant <value = bool {1}> ()
 """
 
 # One mini-batch. From z, the inner model's output for k, to `step`, its gradient times the learning rate of each token:
-# the backward pass of LayerNorm.
+# the backward pass of LayerNorm. TensorRT's parser takes no LayerNormalization that also gives the deviation.
 _INNER_GRADIENT = """
-      normalised, mean, inverse_std = LayerNormalization <axis = -1, epsilon = 1e-6> (z, unit)
+      z_mean = ReduceMean (z, last_axis)
+      centred = Sub (z, z_mean)
+      squares = ReduceSumSquare (centred, last_axis)
+      variance = Mul (squares, one_over_head_dim)
+      variance_eps = Add (variance, epsilon)
+      std = Sqrt (variance_eps)
+      normalised = Div (centred, std)
       scaled = Mul (gamma_squared, normalised)
       grad = Sub (scaled, target)
       grad_mean = ReduceMean (grad, last_axis)
@@ -132,7 +147,7 @@ TTTLinear (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1) => (XQW)
       kW = MatMul (k, W)
       z = Add (kW, b)
 {_INNER_GRADIENT}
-      rate_over_std = Mul (rate_j, inverse_std)
+      rate_over_std = Div (rate_j, std)
       step = Mul (projected, rate_over_std)
       W_step = MatMul (k_T, step)
       W_next = Sub (W, W_step)
@@ -197,7 +212,7 @@ TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
       hW2 = MatMul (hidden, W2_j)
       z = Add (hW2, b2_j)
 {_INNER_GRADIENT}
-      rate_over_std = Mul (rate_j, inverse_std)
+      rate_over_std = Div (rate_j, std)
       step2 = Mul (projected, rate_over_std)
       W2_T = Transpose <perm = [0, 1, 3, 2]> (W2_j)
       step_hidden = MatMul (step2, W2_T)

@@ -155,7 +155,13 @@ def test_an_interruption_leaves_nothing_behind(shared_bundle: Path, tmp_path: Pa
     board = storyboard(tmp_path / "bear.json", BEAR * 3)
     command = [sys.executable, "cli.py", "sample", board, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"]
     with subprocess.Popen(
-        [*map(str, command), "--num-steps", "1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command), "--num-steps", "1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with interruptions ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         seen: list[str] = []

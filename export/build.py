@@ -37,7 +37,11 @@ from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType
 from ttt_video_engine.runtime.errors import BundleError, OutputError
 from ttt_video_engine.runtime.files import sha256_of, writing
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 WEIGHTS_FILE = "model.onnx_data"
 
 Report = Callable[[str], None]

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from ttt_video_engine.runtime.errors import ConfigError
 
 TTTKind = Literal["linear", "mlp"]
-DType = Literal["float32", "float16"]
+DType = Literal["float32", "float16", "bfloat16"]
 """Precision of weights and activations."""
 LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
 

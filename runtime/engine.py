@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ttt_video_engine.runtime.errors import EngineError
 
 Array = NDArray[np.generic]
-TensorDType = Literal["float32", "float16", "int64"]
+TensorDType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,11 +24,17 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
+    @property
+    def array_dtype(self) -> str:
+        """The dtype of its arrays. numpy has no bfloat16: its bits travel as uint16, and no one but an engine reads
+        them."""
+        return "uint16" if self.dtype == "bfloat16" else self.dtype
+
     def fits(self, array: Array) -> bool:
         """Whether an array may be fed to (or come out of) this place."""
         same_rank = array.ndim == len(self.shape)
-        sizes = zip(self.shape, array.shape, strict=False)
-        return same_rank and array.dtype == self.dtype and all(isinstance(want, str) or want == n for want, n in sizes)
+        same_sizes = all(isinstance(want, str) or want == n for want, n in zip(self.shape, array.shape, strict=False))
+        return same_rank and same_sizes and array.dtype == self.array_dtype
 
 
 class Engine(Protocol):

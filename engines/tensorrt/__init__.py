@@ -1,0 +1,1 @@
+"""Graphs as TensorRT engines, with kernels of our own for the TTT layers."""

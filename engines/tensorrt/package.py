@@ -1,0 +1,90 @@
+"""TensorRT under either of its names: `tensorrt` for data centre GPUs, `tensorrt_rtx` for RTX GPUs, with one API.
+
+The two are never needed at once, so both are imported by name and late; neither ships types.
+"""
+
+import atexit
+import ctypes
+import importlib
+import importlib.util
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ttt_video_engine.engines.tensorrt.plan import PackageName
+from ttt_video_engine.runtime.errors import ConfigError, EngineError
+
+RTX_GPUS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+"""What TensorRT-RTX builds for, with or without a GPU."""
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported package. `api` is the module, `logger` its logger, `errors` the lines that it logged as errors."""
+
+    name: PackageName
+    api: Any
+    version: str
+    logger: Any
+    errors: list[str] = field(default_factory=list)
+
+    def take_errors(self) -> str:
+        """The first error since the last call, as one line, for the message of an exception."""
+        line = " ".join(self.errors[0].split()) if self.errors else "no reason was given"
+        self.errors.clear()
+        return line[:300]
+
+
+def package_for(gpu: str) -> PackageName:
+    """The package that builds for a GPU such as "sm_89". Raises ConfigError for anything else."""
+    if not re.fullmatch(r"sm_\d{2,3}", gpu):
+        raise ConfigError(f"--gpu is {gpu!r}: must be an architecture such as {', '.join(RTX_GPUS)} or sm_90")
+    return "tensorrt_rtx" if gpu in RTX_GPUS else "tensorrt"
+
+
+@cache
+def load_package(name: PackageName) -> TensorRT:
+    """Imports a package. Raises EngineError where it is not installed or does not load."""
+    if importlib.util.find_spec(name) is None:
+        wheel, extra = name.replace("_", "-"), " (or 'ttt-video-engine[tensorrt]')" if name == "tensorrt_rtx" else ""
+        raise EngineError(f"{name} is not installed; run: pip install {wheel}{extra}")
+    try:
+        if name == "tensorrt_rtx":
+            _give_library_its_plain_name()
+        api = importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise EngineError(f"{name} does not load ({error}); install it again") from error
+    errors: list[str] = []
+    return TensorRT(name, api, api.__version__, _logger(api, errors), errors)
+
+
+def _give_library_its_plain_name() -> None:
+    """The parser looks for `libtensorrt_rtx.so` as soon as a graph has a plugin, and aborts the process where there is
+    none; the wheel (1.7) has only `libtensorrt_rtx.so.1`. It looks in the folder that it was itself loaded from, so it
+    is loaded from one that has both names."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or not spec.submodule_search_locations:
+        return  # not installed from a wheel: the system's libraries have all their names
+    (libraries, *_) = spec.submodule_search_locations
+    folder = Path(tempfile.mkdtemp(prefix="tensorrt-rtx-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for library in sorted(Path(libraries).glob("lib*.so.*"), reverse=True):  # the core, which the parser needs, first
+        (folder / library.name).symlink_to(library)
+        (folder / (library.name.partition(".so.")[0] + ".so")).symlink_to(library)
+        ctypes.CDLL(str(folder / library.name))
+
+
+def _logger(api: Any, errors: list[str]) -> Any:
+    class Logger(api.ILogger):  # type: ignore[misc]  # the base has no types
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.ILogger.Severity.INTERNAL_ERROR, api.ILogger.Severity.ERROR):
+                errors.append(message)
+
+    return Logger()

@@ -22,7 +22,16 @@ app = typer.Typer(
 )
 
 
-EngineName = Literal["onnxruntime"]
+EngineName = Literal["onnxruntime", "tensorrt"]
+Precision = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
+_DTYPES: dict[Precision, DType] = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
@@ -38,7 +47,9 @@ def export(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with the sizes, in place of a preset.")] = None,
     length: Annotated[list[str], typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.")] = ["9s"],  # noqa: B006
-    dtype: Annotated[DType, typer.Option(help="Precision of weights and activations.")] = "float32",
+    dtype: Annotated[
+        Precision, typer.Option("--dtype", "--precision", help="Precision of weights and activations.")
+    ] = "float32",
     ttt: Annotated[
         TTTKind | None,
         typer.Option(help="Inner model of the preset's TTT layers; linear by default.", show_default=False),
@@ -46,20 +57,42 @@ def export(
     width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.", min=0)] = 0,
+    engine: Annotated[EngineName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
+    ] = None,
+    plugin: Annotated[bool, typer.Option(help="TTT layers as our kernels, or as standard operators.")] = True,
+    optimization_level: Annotated[int, typer.Option(help="TensorRT's, 0 to 5.", min=0, max=5)] = 3,
+    workspace: Annotated[int | None, typer.Option(help="Scratch memory of TensorRT in MiB.", min=1)] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory, see sample --gpu-memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference."""
+    """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference, and to TensorRT engines."""
+    if (engine == "tensorrt") != bool(gpu):
+        raise ConfigError("--engine tensorrt and --gpu go together: name the architectures to compile for, as sm_89")
     if config is not None and (preset is not None or ttt is not None):
         raise ConfigError("--config names every size itself: leave out --preset and --ttt")
     model = named_preset(preset or "tiny", ttt or "linear") if config is None else read_config(config)
     asked = {"width": width, "height": height}
     model = replace(model, **{name: pixels for name, pixels in asked.items() if pixels is not None})
 
-    from ttt_video_engine.export.build import export_bundle
+    from ttt_video_engine.engines.tensorrt.plan import BuildSettings
+    from ttt_video_engine.export.build import PlanRequest, export_bundle
     from ttt_video_engine.export.source import CheckpointSource, SeededSource
+    from ttt_video_engine.runtime.progress import ProgressDisplay
 
     source = SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint)
-    export_bundle(source, output, length, dtype, lambda line: typer.echo(line, err=True))
+    settings = BuildSettings(
+        optimization_level=optimization_level,
+        workspace=None if workspace is None else workspace << 20,
+        weight_streaming=weight_streaming,
+        plugins=plugin,
+    )
+    with ProgressDisplay(passing=True) as display:
+        plans = PlanRequest(tuple(dict.fromkeys(gpu or ())), settings, display.update)
+        export_bundle(source, output, length, _DTYPES[dtype], display.line, plans)
     typer.echo(f"bundle: {output}")
 
 
@@ -153,14 +186,21 @@ def inspect(
     """Show what a bundle holds, whether it is whole, and what would be rebuilt."""
     import msgspec
 
+    from ttt_video_engine.engines.tensorrt.plan import list_plans
     from ttt_video_engine.export.keys import stale_graphs
+    from ttt_video_engine.export.plans import stale_plans
     from ttt_video_engine.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
     opened.verify()
-    manifest, stale = opened.manifest, stale_graphs(opened)
+    plans = list_plans(bundle)
+    for plan in plans:
+        plan.verify()
+    manifest, stale, stale_engines = opened.manifest, stale_graphs(opened), stale_plans(opened.manifest, plans)
     if json:
-        typer.echo(msgspec.json.encode({"manifest": manifest, "rebuild": stale}).decode())
+        engines = {plan.path.name: plan.entry for plan in plans}
+        content = {"manifest": manifest, "engines": engines, "rebuild": {**stale, **stale_engines}}
+        typer.echo(msgspec.json.encode(content).decode())
         return
     model = manifest.model
     typer.echo(f"{bundle}: {model.name}, TTT-{model.transformer.ttt}, {manifest.dtype}, opset {manifest.opset}")
@@ -175,6 +215,16 @@ def inspect(
         typer.echo(f"  takes {'; '.join(map(str, inputs))}")
         typer.echo(f"  gives {'; '.join(map(str, outputs))}" + (f"; {caches} caches" if caches else ""))
         typer.echo(f"  rebuild: {', '.join(stale[name]) or 'no, up to date'}")
+    for plan in plans:
+        entry = plan.entry
+        typer.echo(f"\n{plan.path.name}: {entry.size:,} bytes, built in {entry.seconds:.1f} s")
+        for profile in entry.profiles:
+            typer.echo(f"  profile {'; '.join(f'{name} {shapes}' for name, shapes in profile.items())}")
+        if entry.plugins:
+            typer.echo(f"  {len(entry.plugins)} plugin layers, cubin {', '.join(sorted(set(entry.plugins.values())))}")
+        if entry.fallback:
+            typer.echo(f"  TTT as standard operators: {entry.fallback}")
+        typer.echo(f"  rebuild: {', '.join(stale_engines[plan.path.name]) or 'no, up to date'}")
 
 
 def main() -> None:
@@ -193,7 +243,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("ttt_video_engine"):
             raise
-        typer.echo(f"error: {error.name} is not installed; run: pip install 'ttt-video-engine[export]'", err=True)
+        extra = "tensorrt" if error.name in ("cuda", "triton") else "export"
+        typer.echo(f"error: {error.name} is not installed; run: pip install 'ttt-video-engine[{extra}]'", err=True)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

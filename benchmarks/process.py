@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import median_of_processes, table
+from measure import median_of_processes, peak_memory, table
 
 IMPORT_LIMIT = 0.5
 """Seconds."""
@@ -72,15 +72,4 @@ def decode_and_report(bundle_path: str, length: str) -> None:
     target = Path(bundle_path).with_name(f"{length}.mp4")
     windows = decode(bundle, OnnxRuntimeLoader(bundle), latents)
     frames = write_mp4(target, windows, width=model.width, height=model.height, fps=16)
-    print(frames, _peak_mib())
-
-
-def _peak_mib() -> float:
-    """Peak memory of this process alone: what `getrusage` says on Linux has the parent's peak in it, kept over exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    print(frames, peak_memory() / 2**20)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from measure import interleaved, so_far, table
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, read_signature
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.components import transformer_graph
@@ -53,7 +53,7 @@ def exported(name: str, ttt: TTTKind, length: str) -> Iterator[Case]:
         onnx_graph.save(
             onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt), path, weights, graph.ttt
         )
-        inputs, outputs = read_signature(path)
+        inputs, outputs = onnx_graph.read_signature(path)
         with OnnxRuntimeEngine(path, inputs, outputs, num_threads=threads) as engine:
 
             def reference() -> Array:

@@ -31,7 +31,7 @@ class OnnxRuntimeEngine:
         num_threads: int = 0,
     ) -> None:
         self._name = path.name
-        self._inputs, self._outputs = inputs, outputs
+        self.inputs, self.outputs = inputs, outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = _ERRORS_ONLY
@@ -45,8 +45,8 @@ class OnnxRuntimeEngine:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if self._session is None:
             raise EngineError(f"{self._name}: has been freed; load it again")
-        check_inputs(self._name, self._inputs, inputs)
-        names = [spec.name for spec in self._outputs]
+        check_inputs(self._name, self.inputs, inputs)
+        names = [spec.name for spec in self.outputs]
         try:
             return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # as above
@@ -80,18 +80,6 @@ def available_providers() -> list[str]:
     """Execution providers in order of preference, of those that this build of ONNX Runtime has."""
     available = ort.get_available_providers()
     return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-
-
-def read_signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of an ONNX file, as ONNX Runtime reads them."""
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return (
-        tuple(_spec(node) for node in session.get_inputs()),
-        tuple(_spec(node) for node in session.get_outputs()),
-    )
 
 
 def _check_signature(path: Path, expected: tuple[TensorSpec, ...], nodes: list[ort.NodeArg]) -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ttt_video_engine.engines.onnxruntime import read_signature
+from ttt_video_engine.engines.tensorrt.builder import Progress
+from ttt_video_engine.engines.tensorrt.plan import BuildSettings
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.components import Graph, text_encoder_graph, transformer_graph, vae_graphs
 from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key
 from ttt_video_engine.export.parity import check_parity, random_case
+from ttt_video_engine.export.plans import build_plans, check_gpus
 from ttt_video_engine.export.real_text import real_prompts
 from ttt_video_engine.export.source import ModelSource
 from ttt_video_engine.export.weights import WeightFile, weight_file, weights_digest
@@ -35,7 +37,7 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType
 from ttt_video_engine.runtime.errors import BundleError, OutputError
-from ttt_video_engine.runtime.files import sha256_of, writing
+from ttt_video_engine.runtime.files import link_or_copy, sha256_of, writing
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -48,12 +50,30 @@ Report = Callable[[str], None]
 Cases = dict[str, Sequence[Tensor]]
 
 
-def export_bundle(source: ModelSource, output: Path, lengths: Sequence[str], dtype: DType, report: Report) -> Bundle:
+@dataclass(frozen=True)
+class PlanRequest:
+    """TensorRT plans to have in a bundle: for which GPUs, built how. `progress` is told of every step of a build."""
+
+    gpus: tuple[str, ...] = ()
+    settings: BuildSettings = field(default_factory=BuildSettings)
+    progress: Progress = lambda phase, done, total: None
+
+
+def export_bundle(
+    source: ModelSource,
+    output: Path,
+    lengths: Sequence[str],
+    dtype: DType,
+    report: Report,
+    plans: PlanRequest | None = None,
+) -> Bundle:
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
-    `report` is told in a line each what is built, why, and how parity came out. Raises CheckFailed where a component is
-    over tolerance; `output` is then as it was before.
+    Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
+    came out. Raises CheckFailed where a component is over tolerance; `output` is then as it was before.
     """
+    plans = plans or PlanRequest()
+    check_gpus(plans.gpus)
     previous = _previous(output)
     if previous is not None:
         lengths = [*lengths, *previous.manifest.lengths]
@@ -63,6 +83,7 @@ def export_bundle(source: ModelSource, output: Path, lengths: Sequence[str], dty
     with writing(output), _staging(output) as stage:
         build = _Build(source, dtype, stage, previous, report)
         build.everything(lengths)
+        build.plans(lengths, plans)
         if previous is not None and not build.changed and list(previous.manifest.lengths) == lengths:
             report("nothing has changed")
             return previous
@@ -124,6 +145,12 @@ class _Build:
             tools={name: environment[f"tool {name}"] for name in TOOLS},
         )
 
+    def plans(self, lengths: Sequence[str], request: PlanRequest) -> None:
+        root = None if self.previous is None else self.previous.root
+        manifest = self.manifest(lengths)
+        if build_plans(manifest, self.stage, root, request.gpus, request.settings, self.report, request.progress):
+            self.changed = True
+
     def _tokenizer(self) -> None:
         path = self.stage / TOKENIZER
         path.parent.mkdir()
@@ -146,12 +173,12 @@ class _Build:
         target = (self.stage / graphs[0][0].file).with_name(WEIGHTS_FILE)
         target.parent.mkdir()
         if kept and self.previous is not None:
-            _take_over(self.previous.path(next(iter(kept.values())).weights), target)
+            link_or_copy(self.previous.path(next(iter(kept.values())).weights), target)
         for name, entry in kept.items():
             self.report(f"{name}: unchanged")
             self.graphs[name] = entry
             if self.previous is not None:
-                _take_over(self.previous.path(entry.file), self.stage / entry.file)
+                link_or_copy(self.previous.path(entry.file), self.stage / entry.file)
 
         to_build = [(graph, cases) for graph, _, cases in graphs if graph.name not in kept]
         if not to_build:
@@ -168,7 +195,7 @@ class _Build:
         inputs = graph.inputs_as(TORCH_DTYPES[self.dtype])
         path = self.stage / graph.file
         onnx_graph.save(onnx_graph.trace(module, inputs, graph.outputs, graph.ttt), path, file, graph.ttt)
-        signature = read_signature(path)
+        signature = onnx_graph.read_signature(path)
         parity = check_parity(graph, path, signature, cases, self.dtype)
         worst = max(parity, key=lambda check: check.max_error)
         self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.0e} allowed ({worst.inputs})")
@@ -232,11 +259,3 @@ def _swap(stage: Path, output: Path) -> None:
 
 def _retired(output: Path) -> Path:
     return output.absolute().with_name(f".{output.name}.previous")
-
-
-def _take_over(source: Path, target: Path) -> None:
-    """A second name for a file that will not be written to again; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

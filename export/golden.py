@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, read_signature
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export import ttt_op
 from ttt_video_engine.export.components import (
@@ -364,4 +364,4 @@ def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(path, *read_signature(path))
+    return OnnxRuntimeEngine(path, *onnx_graph.read_signature(path))

@@ -14,15 +14,28 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from ttt_video_engine.export.ttt_op import add_function_body, scans_as_nodes
+from ttt_video_engine.export.ttt_op import DOMAIN, add_function_body, scans_as_nodes
 from ttt_video_engine.export.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.engine import TensorDType, TensorSpec
+from ttt_video_engine.runtime.errors import EngineError
 
 OPSET = 20
 """Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""
 
 FOLD_LIMIT = 1024
 """Bytes. Shapes and axes are folded into the graph; tables that grow with the clip are left for the runtime to fold."""
+
+
+Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""Inputs and outputs of a graph."""
+
+_DTYPES: dict[int, TensorDType] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT64: "int64",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], tt
             raise RuntimeError("the exporter returned no program")
         model = program.model
         _simplify(model, weights=set(module.state_dict()))
+    _name_scans(model)
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
@@ -69,6 +83,22 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
         add_function_body(proto, ttt)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     _check(proto)
+
+
+def read_signature(path: Path) -> Signature:
+    """Inputs and outputs of an ONNX file. Raises EngineError for a dtype that no engine takes."""
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs, outputs = (tuple(_spec(path, value) for value in values) for values in (graph.input, graph.output))
+    return inputs, outputs
+
+
+def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in _DTYPES:
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise EngineError(f"{path}: {value.name} is {name}; must be one of {', '.join(_DTYPES.values())}")
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, _DTYPES[tensor.elem_type], shape)
 
 
 def _check(proto: onnx.ModelProto) -> None:
@@ -105,6 +135,17 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
         passes.NameFixPass(),
     ):
         clean_up(model)
+
+
+def _name_scans(model: ir.Model) -> None:
+    """Names TTT nodes after the layer whose weights they take, and its two directions, for errors to speak of."""
+    seen: set[str] = set()
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            names = [value.name or "" for value in node.inputs if value is not None]
+            layer = next((name.removesuffix(".W1") for name in names if name.endswith(".W1")), "ttt")
+            node.name = f"{layer}.{'backward' if layer in seen else 'forward'}"
+            seen.add(layer)
 
 
 @contextmanager

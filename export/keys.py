@@ -18,7 +18,7 @@ Key = dict[str, str]
 
 def environment_key() -> Key:
     """The part of a key that this installation fixes: the code that exports, and its tools."""
-    return {"code": code_digest(), **{f"tool {name}": _version(name) for name in TOOLS}}
+    return {"code": code_digest(), **{f"tool {name}": package_version(name) for name in TOOLS}}
 
 
 def graph_key(model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any") -> Key:
@@ -46,17 +46,23 @@ def stale_graphs(bundle: Bundle) -> dict[str, list[str]]:
     }
 
 
-@cache
 def code_digest() -> str:
     """Digest of the source that decides what a graph computes."""
+    return source_digest(*_SOURCES)
+
+
+@cache
+def source_digest(*patterns: str) -> str:
+    """Digest of the source files that match, by their names in the package."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in root.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, or that it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,39 +1,44 @@
 """The parity gate: a graph in ONNX Runtime against the module it was exported from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
 from ttt_video_engine.export.components import Graph
+from ttt_video_engine.export.graph import Signature
+from ttt_video_engine.export.widen import widened
 from ttt_video_engine.runtime.bundle import ParityCheck
 from ttt_video_engine.runtime.config import DType
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.errors import CheckFailed
 
-TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2}
+TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Largest error over the largest reference value."""
 
 
 def check_parity(
     graph: Graph,
     path: Path,
-    signature: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    signature: Signature,
     cases: dict[str, Sequence[Tensor]],
     dtype: DType,
 ) -> tuple[ParityCheck, ...]:
     """Runs every case (name → inputs in order) through the file at `path` and through the graph's module, in float32.
 
-    Raises CheckFailed where an output has a NaN or is over tolerance.
+    A bfloat16 graph runs with its own weights and constants but float32 between them: see `widen.py`. Raises
+    CheckFailed where an output has a NaN or is over tolerance.
     """
     checks = []
-    inputs, outputs = signature
-    with OnnxRuntimeEngine(path, inputs, outputs) as engine:
+    with _open(path, signature, dtype) as engine:
         for name, case in cases.items():
-            feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(inputs, case, strict=True)}
+            feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(engine.inputs, case, strict=True)}
             found = engine.run(feeds)
             with torch.no_grad():
                 expected = graph.module(*case)
@@ -54,6 +59,23 @@ def check_parity(
                 "the bundle was left as it was"
             )
     return tuple(checks)
+
+
+@contextmanager
+def _open(path: Path, signature: Signature, dtype: DType) -> Iterator[OnnxRuntimeEngine]:
+    if dtype != "bfloat16":
+        with OnnxRuntimeEngine(path, *signature) as engine:
+            yield engine
+        return
+    inputs, outputs = (tuple(_wide(spec) for spec in specs) for specs in signature)
+    with TemporaryDirectory(prefix="ttt-video-parity-") as folder:
+        wide = widened(path, Path(folder) / "model.onnx")
+        with OnnxRuntimeEngine(wide, inputs, outputs) as engine:
+            yield engine
+
+
+def _wide(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 
 def random_case(graph: Graph) -> dict[str, Sequence[Tensor]]:

@@ -43,8 +43,7 @@ class TTTLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
         q, k, v = (self._split_heads(project(x_BLD)) for project in (self.wq, self.wk, self.wv))
-        q = rotate(functional.normalize(q, dim=-1), layout.clip_rotation)
-        k = rotate(functional.normalize(k, dim=-1), layout.clip_rotation)
+        q, k = (rotate(_unit_length(stream), layout.clip_rotation) for stream in (q, k))
         v = self._reconstruction_target(k, v)
         eta = self._learning_rates(x_BLD)
 
@@ -83,6 +82,11 @@ class TTTLayer(nn.Module):
         eta = config.ttt_base_lr * gate_BHL / config.head_dim / config.mini_batch_size
         eta_BHNC: Tensor = eta.unflatten(2, (-1, config.mini_batch_size))
         return eta_BHNC
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last axis, in float32: the 1e-12 that keeps the norm from zero is zero in float16."""
+    return functional.normalize(x.float(), dim=-1).to(x.dtype)
 
 
 class TTTLinear(TTTLayer):

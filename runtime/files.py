@@ -51,6 +51,14 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: {existing} is not a folder that can be written; choose another")
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that will not be written to again; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

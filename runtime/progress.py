@@ -9,9 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class ProgressDisplay:
-    """Shows stages on standard error; `update` is a `pipeline.Progress`."""
+    """Shows stages on standard error; `update` is a `pipeline.Progress`.
 
-    def __init__(self) -> None:
+    `passing` stages leave nothing behind: no bar when they are done, and no line where there is no terminal.
+    """
+
+    def __init__(self, *, passing: bool = False) -> None:
+        self._passing = passing
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -20,6 +24,8 @@ class ProgressDisplay:
     def update(self, stage: str, done: int, total: int) -> None:
         """A stage begins (done is 0) or has come further."""
         if not self._console.is_terminal:
+            if self._passing:
+                return
             if done == 0:
                 sys.stderr.write(f"{stage}: {total} to do\n")
             elif done % max(1, total // 5) == 0 or done == total:
@@ -28,6 +34,13 @@ class ProgressDisplay:
         if done == 0 or self._stage is None:
             self._stage = self._bars.add_task(stage, total=total)
         self._bars.update(self._stage, completed=done)
+        if self._passing and done == total:
+            self._bars.remove_task(self._stage)
+            self._stage = None
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bars where there are some."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -30,6 +30,9 @@ class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
     opt: Shape
     max: Shape
 
+    def __str__(self) -> str:
+        return " … ".join(str(list(shape)) for shape in dict.fromkeys((self.min, self.opt, self.max)))
+
 
 Profile = dict[str, ShapeRange]
 """Input → shapes, for the inputs that have free axes."""

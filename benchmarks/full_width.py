@@ -1,0 +1,101 @@
+"""Builds a slice of the 5B transformer, at full width and with the tokens of a 3-second video, for a GPU not here.
+
+Prints the time and the memory of every stage: tracing, writing the weights, and TensorRT's build.
+"""
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from measure import forget_peak, peak_memory, so_far, table
+from msgspec.structs import replace
+
+from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_plan
+from ttt_video_engine.engines.tensorrt.plan import BuildSettings, Profile, ShapeRange
+from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.export.build import WEIGHTS_FILE
+from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.reference.transformer import DiffusionTransformer
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.presets import preset
+
+LENGTH = "3s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="sm_120")
+    parser.add_argument("--ttt", choices=["linear", "mlp"], default="linear")
+    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--no-plugin", action="store_true")
+    options = parser.parse_args()
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder), options.ttt, options.num_layers, options.gpu, not options.no_plugin, rows)
+    print(table(["stage", "seconds", "peak GiB", "result"], rows))
+
+
+def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, rows: list[list[str]]) -> None:
+    model = preset("5B", ttt)
+    model = replace(model, transformer=replace(model.transformer, num_layers=num_layers))
+
+    @contextmanager
+    def stage(name: str, result: list[str]) -> Iterator[None]:
+        gc.collect()
+        forget_peak()
+        start = perf_counter()
+        yield
+        rows.append(so_far([name, f"{perf_counter() - start:.1f}", f"{peak_memory() / 2**30:.2f}", *result]))
+
+    result: list[str] = []
+    with stage(f"{num_layers} layers, random bfloat16 weights", result):
+        torch.set_default_dtype(torch.bfloat16)
+        transformer = DiffusionTransformer(model.transformer).eval()
+        torch.set_default_dtype(torch.float32)
+        graph = transformer_graph(transformer, model, LENGTH)
+        weights = weight_file(graph.module.state_dict(), folder / WEIGHTS_FILE, write=True)
+        result.append(f"{weights.path.stat().st_size:,} bytes")
+
+    result = []
+    with stage("trace", result):
+        path = folder / "model.onnx"
+        traced = onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt)
+        onnx_graph.save(traced, path, weights, graph.ttt)
+        result.append(f"{path.stat().st_size:,} bytes")
+        name, weight_bytes = graph.name, weights.path.stat().st_size
+        del traced, transformer, graph
+    inputs, outputs = onnx_graph.read_signature(path)
+    shapes: Profile = {}
+    for spec in inputs:
+        low, high = (tuple(n if isinstance(axis, str) else axis for axis in spec.shape) for n in (1, 2))
+        shapes[spec.name] = ShapeRange(min=low, opt=high, max=high)
+
+    config = model.transformer
+    request = BuildRequest(
+        graph=name,
+        onnx=path,
+        gpu=gpu,
+        dtype="bfloat16",
+        inputs=inputs,
+        outputs=outputs,
+        profiles=(shapes,),
+        settings=BuildSettings(plugins=plugins),
+        kernels=folder / "kernels",
+        scans=Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * num_layers),
+        weights=weight_bytes,
+    )
+    result = []
+    with stage(f"TensorRT build for {gpu}", result):
+        plan = build_plan(request, folder, lambda phase, done, total: None)
+        layers = f"{len(plan.entry.plugins)} plugin layers" if plan.entry.plugins else plan.entry.fallback
+        result.append(f"{plan.entry.size:,} bytes, {layers}")
+
+
+if __name__ == "__main__":
+    main()

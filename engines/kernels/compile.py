@@ -1,0 +1,152 @@
+"""Ahead-of-time compilation of the kernels for GPUs that need not be here. Needs Triton, and no GPU."""
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name
+from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
+from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.files import atomic_write
+
+SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "sm_121": 99}
+"""KiB of shared memory that one block may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+
+MINI_BATCH_SIZES, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
+MAX_REGISTERS = 255
+"""Of a thread. Said to the assembler, which else gives up registers for a second block that would have no room."""
+
+KERNELS: dict[TTTKind, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
+PRECISIONS: dict[TTTKind, dict[DType, str]] = {
+    "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "tf32"},
+    "mlp": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
+}
+"""What matrix products round their factors to. Sums and the inner weights are float32 always. Wider products of the
+MLP's larger tiles would spill more registers and, on the smaller chips, not fit the shared memory."""
+
+_DTYPES: dict[DType, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_SCRATCH = ("global_scratch", "profile_scratch")
+"""Pointers that Triton appends to every kernel's parameters; these kernels take null for them."""
+
+
+class NoKernel(EngineError):
+    """There is no kernel of this size for this chip; the operator's function body runs everywhere."""
+
+
+def num_warps(op: TTTKind, head_dim: int) -> int:
+    """One for every 16 rows of the inner weights: of W1 transposed for TTT-Linear, of half the hidden layer for the
+    MLP. A matrix unit takes 16, and more warps would repeat each other's work."""
+    return {"linear": head_dim, "mlp": 2 * head_dim}[op] // 16
+
+
+def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, folder: Path) -> Cubin:
+    """Writes a kernel and its description into `folder`.
+
+    Raises NoKernel where there is none of this size, or where it needs more shared memory than the chip has.
+    """
+    _check(op, gpu, mini_batch_size, head_dim)
+    compiled = _compile(op, gpu, dtype, mini_batch_size, head_dim)
+    name, code = cubin_name(op, gpu, dtype, mini_batch_size, head_dim), compiled.asm["cubin"]
+    limit = SHARED_MEMORY[gpu] << 10
+    if compiled.metadata.shared > limit:
+        raise NoKernel(f"{name} needs {compiled.metadata.shared:,} bytes of shared memory, {gpu} has {limit:,}")
+    registers, stack = _resources(code)
+    cubin = Cubin(
+        op=op,
+        gpu=gpu,
+        dtype=dtype,
+        mini_batch_size=mini_batch_size,
+        head_dim=head_dim,
+        entry=compiled.metadata.name,
+        num_warps=compiled.metadata.num_warps,
+        shared_memory=compiled.metadata.shared,
+        registers=registers,
+        spills=stack,
+        parameters=(*_parameters(op), *_SCRATCH),
+        file=f"{name}.cubin",
+        sha256=hashlib.sha256(code).hexdigest(),
+        source_sha256=source_digest(op),
+        triton=triton.__version__,
+    )
+    with atomic_write(folder / cubin.file) as partial:
+        partial.write_bytes(code)
+    with atomic_write(folder / f"{name}.json") as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(cubin), indent=2) + b"\n")
+    return cubin
+
+
+def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
+    return {"C": mini_batch_size, "F": head_dim, "PRECISION": PRECISIONS[op][dtype]}
+
+
+def source_digest(op: TTTKind) -> str:
+    """sha256 over the sources that a kernel is made of."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("inner.py", f"ttt_{op}.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _check(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
+    if gpu not in SHARED_MEMORY:
+        raise NoKernel(f"kernels are compiled for {', '.join(SHARED_MEMORY)}, not for {gpu}")
+    if mini_batch_size not in MINI_BATCH_SIZES:
+        allowed = " or ".join(map(str, MINI_BATCH_SIZES))
+        raise NoKernel(f"kernels take mini-batches of {allowed} tokens, not {mini_batch_size}")
+    if head_dim not in HEAD_DIMS:
+        raise NoKernel(f"kernels take heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
+    if op == "mlp" and head_dim == max(HEAD_DIMS):
+        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} do not fit on a chip")
+
+
+def _compile(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int) -> Any:
+    kernel, values = KERNELS[op], constants(op, dtype, mini_batch_size, head_dim)
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in values else _argument(name, dtype) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    places = {(names.index(name),): value for name, value in values.items()}
+    source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": num_warps(op, head_dim),
+        "num_stages": 1,
+        "maxnreg": MAX_REGISTERS,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source, target=target, options=options)
+
+
+def _argument(name: str, dtype: DType) -> str:
+    if name.startswith("num_"):
+        return "i32"
+    return "*fp32" if name == "eta" else f"*{_DTYPES[dtype]}"
+
+
+def _parameters(op: TTTKind) -> list[str]:
+    """Names of the arguments that a launch passes."""
+    return [name for name in KERNELS[op].arg_names if name not in ("C", "F", "PRECISION")]
+
+
+def _resources(code: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, as cuobjdump, which comes with Triton, reads them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code)
+        said = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise EngineError(f"cuobjdump says nothing of registers: {said[:100]!r}")
+    return int(found[1]), int(found[2])

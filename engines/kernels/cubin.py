@@ -1,0 +1,58 @@
+"""A compiled kernel and the JSON beside it that says how to launch it."""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.errors import EngineError
+
+
+class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One kernel for one architecture, dtype and size.
+
+    `parameters` are the kernel's, in order. `shared_memory` is bytes a block, `registers` and `spills` (bytes of stack)
+    are a thread's.
+    """
+
+    op: TTTKind
+    gpu: str
+    dtype: DType
+    mini_batch_size: int
+    head_dim: int
+    entry: str
+    num_warps: int
+    shared_memory: int
+    registers: int
+    spills: int
+    parameters: tuple[str, ...]
+    file: str
+    sha256: str
+    source_sha256: str
+    triton: str
+
+
+def cubin_name(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int) -> str:
+    """Name of a kernel, and of its files without their suffixes."""
+    return f"ttt_{op}-c{mini_batch_size}-f{head_dim}-{dtype}-{gpu}"
+
+
+def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
+    """A kernel and its code. Raises EngineError where a file is missing, damaged or another kernel's."""
+    gpu = name.rpartition("-")[2]
+    cure = f"run: ttt-video export --engine tensorrt --gpu {gpu}"
+    description, code = folder / f"{name}.json", folder / f"{name}.cubin"
+    for path in (description, code):
+        if not path.is_file():
+            raise EngineError(f"{path}: is missing; {cure}")
+    try:
+        cubin = msgspec.json.decode(description.read_bytes(), type=Cubin)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EngineError(f"{description}: {error}; {cure}") from error
+    content = code.read_bytes()
+    same_kernel = name == cubin_name(cubin.op, cubin.gpu, cubin.dtype, cubin.mini_batch_size, cubin.head_dim)
+    if not same_kernel or hashlib.sha256(content).hexdigest() != cubin.sha256:
+        raise EngineError(f"{code}: is not the kernel that was compiled; {cure}")
+    return cubin, content

@@ -1,0 +1,111 @@
+"""TTT-MLP as a Triton kernel: the scan of `reference/ttt.py`, one program per batch and head.
+
+The inner weights are 8·F² float32, 128 KiB at F = 64: half of a multiprocessor's registers, which is where they stay.
+The hidden layer of 4F is worked through in two halves, and its activations are computed again for the backward pass
+instead of being kept, so that what else there is stays small.
+
+Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F a half of the hidden layer. Tensors are contiguous
+and as `ai.ttt::TTTMLP` has them: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
+[H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `inner.py`; W2 is not, as
+its rows are the hidden layer, which is what products are split over warps by.
+"""
+
+import triton
+import triton.language as tl
+
+from ttt_video_engine.engines.kernels.inner import (
+    load_transposed,
+    loss_step,
+    normalise,
+    product,
+    store_transposed,
+    tile_offsets,
+)
+
+
+@triton.jit
+def load_half(W1, b1, W2, head, half: tl.constexpr, F: tl.constexpr):
+    """W1 transposed [K, F], b1 [K] and W2 [K, F] of one half of the hidden layer, as float32."""
+    K: tl.constexpr = 2 * F
+    first, hidden = half * K, tl.arange(0, K)
+    W1_KF = tl.load(W1 + head * 4 * F * F + first + tile_offsets(0, F, K, 4 * F)).to(tl.float32)
+    b1_K = tl.load(b1 + head * 4 * F + first + hidden).to(tl.float32)
+    rows_K = head * 4 * F + first + hidden
+    W2_KF = tl.load(W2 + rows_K[:, None] * F + tl.arange(0, F)[None, :]).to(tl.float32)
+    return W1_KF, b1_K, W2_KF
+
+
+@triton.jit
+def hidden_of(x_FC, W1_KF, b1_K, PRECISION: tl.constexpr):
+    """Half of the hidden layer before and after GELU, and σ(u) with u = √(8/π)·(z + 0.044715z³): the tanh form of GELU
+    is z·σ(u)."""
+    z1_KC = product(W1_KF, x_FC, PRECISION) + b1_K[:, None]
+    cdf_KC = tl.sigmoid(1.59576912 * z1_KC * (1 + 0.044715 * z1_KC * z1_KC))
+    return z1_KC, z1_KC * cdf_KC, cdf_KC
+
+
+@triton.jit
+def read_half(x_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
+    """What a half adds to the inner model's output, [F, C]."""
+    _, hidden_KC, _ = hidden_of(x_FC, W1_KF, b1_K, PRECISION)
+    return product(tl.trans(W2_KF), hidden_KC, PRECISION)
+
+
+@triton.jit
+def update_half(k_FC, step_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
+    """A half's weights after one step; the gradient passes through W2 as it was before."""
+    z1_KC, hidden_KC, cdf_KC = hidden_of(k_FC, W1_KF, b1_K, PRECISION)
+    slope_KC = cdf_KC + hidden_KC * (1 - cdf_KC) * (1.59576912 + 0.2140644488 * z1_KC * z1_KC)
+    step1_KC = product(W2_KF, step_FC, PRECISION) * slope_KC
+    W2_KF -= product(hidden_KC, tl.trans(step_FC), PRECISION)
+    W1_KF -= product(step1_KC, tl.trans(k_FC), PRECISION)
+    return W1_KF, b1_K - tl.sum(step1_KC, axis=1), W2_KF
+
+
+@triton.jit
+def ttt_mlp(
+    XQ,
+    XK,
+    XV,
+    eta,
+    norm_weight,
+    norm_bias,
+    W1,
+    b1,
+    W2,
+    b2,
+    XQW,
+    num_heads,
+    num_mini_batches,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % num_heads
+    channels = tl.arange(0, F)
+    gamma_F = tl.load(norm_weight + head * F + channels).to(tl.float32)
+    beta_F = tl.load(norm_bias + head * F + channels).to(tl.float32)
+    W1_0, b1_0, W2_0 = load_half(W1, b1, W2, head, 0, F)
+    W1_1, b1_1, W2_1 = load_half(W1, b1, W2, head, 1, F)
+    b2_F = tl.load(b2 + head * F + channels).to(tl.float32)
+
+    token = program.to(tl.int64) * num_mini_batches * C  # a clip of all heads has more than 2^31 elements
+    for _ in range(num_mini_batches):
+        k_FC = load_transposed(XK, token, C, F)
+        z_FC = b2_F[:, None] + read_half(k_FC, W1_0, b1_0, W2_0, PRECISION)
+        z_FC += read_half(k_FC, W1_1, b1_1, W2_1, PRECISION)
+        target_FC = load_transposed(XV, token, C, F) - k_FC
+        rate_C = tl.load(eta + token + tl.arange(0, C))
+        step_FC = loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F)
+
+        W1_0, b1_0, W2_0 = update_half(k_FC, step_FC, W1_0, b1_0, W2_0, PRECISION)
+        W1_1, b1_1, W2_1 = update_half(k_FC, step_FC, W1_1, b1_1, W2_1, PRECISION)
+        b2_F -= tl.sum(step_FC, axis=1)
+
+        q_FC = load_transposed(XQ, token, C, F)
+        read_FC = b2_F[:, None] + read_half(q_FC, W1_0, b1_0, W2_0, PRECISION)
+        read_FC += read_half(q_FC, W1_1, b1_1, W2_1, PRECISION)
+        normalised_FC, _ = normalise(read_FC, F)
+        store_transposed(XQW, token, q_FC + normalised_FC * gamma_F[:, None] + beta_F[:, None], C, F)
+        token += C

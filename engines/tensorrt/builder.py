@@ -1,0 +1,251 @@
+"""From an ONNX graph to a plan, for a GPU that need not be here.
+
+TensorRT-RTX compiles for any RTX architecture on any machine; `tensorrt` only for the GPU of the machine it runs on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package, package_for
+from ttt_video_engine.engines.tensorrt.plan import (
+    BuildSettings,
+    Plan,
+    PlanEntry,
+    Profile,
+    entry_path,
+    plan_name,
+)
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.engine import TensorDType, TensorSpec
+from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.files import atomic_write, sha256_of
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, total), called at the start of a phase of the build and after every step of it."""
+
+
+@dataclass(frozen=True)
+class Scans:
+    """The TTT nodes of a graph: `count` of one kind and size."""
+
+    op: TTTKind
+    mini_batch_size: int
+    head_dim: int
+    count: int
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One plan to build.
+
+    `profiles` give shapes to inputs with free axes; `inputs` and `outputs` are what the graph must have; `key` is kept
+    beside the plan; cubins go into `kernels`.
+    """
+
+    graph: str
+    onnx: Path
+    gpu: str
+    dtype: DType
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    settings: BuildSettings
+    kernels: Path
+    scans: Scans | None = None
+    weights: int = 0
+    key: dict[str, str] = field(default_factory=dict)
+
+
+def build_plan(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
+    """Builds a plan into `folder`, with its JSON, and the cubins that its plugins launch.
+
+    Where a kernel does not fit the GPU, its nodes run as their function body, and the JSON says why. Raises EngineError
+    where TensorRT fails, or makes anything of the TTT nodes but what was asked for.
+    """
+    package = load_package(package_for(request.gpu))
+    start = perf_counter()
+    cubin, fallback = _kernel(request)
+    with nullcontext() if cubin is None else _plugin_block(package, request):
+        builder = package.api.Builder(package.logger)
+        network, parser = _parsed(package, builder, request.onnx)
+        _check_signature(package, network, request)
+        plugins = _plugins(package, network, request, cubin)
+        config = _config(package, builder, request, progress)
+        path = folder / plan_name(request.graph, request.dtype, package.name, package.version, request.gpu)
+        entry_path(path).unlink(missing_ok=True)
+        with atomic_write(path) as partial:
+            _serialise(package, builder, network, config, partial, request)
+        del parser, network, builder
+    entry = PlanEntry(
+        graph=request.graph,
+        gpu=request.gpu,
+        dtype=request.dtype,
+        package=package.name,
+        package_version=package.version,
+        inputs=request.inputs,
+        outputs=request.outputs,
+        profiles=request.profiles,
+        plugins=plugins,
+        fallback=fallback,
+        settings=request.settings,
+        size=path.stat().st_size,
+        weights=request.weights,
+        sha256=sha256_of(path),
+        seconds=perf_counter() - start,
+        key=request.key,
+    )
+    with atomic_write(entry_path(path)) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
+    return Plan(path, entry)
+
+
+def _kernel(request: BuildRequest) -> tuple[str | None, str]:
+    """The cubin that TTT nodes launch, compiled into the folder of kernels; or None, and why their bodies run instead.
+
+    The reason is empty where there are no TTT nodes.
+    """
+    scans = request.scans
+    if scans is None:
+        return None, ""
+    if not request.settings.plugins:
+        return None, "plugins were not asked for"
+    from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel  # needs Triton
+
+    sizes = {"mini_batch_size": scans.mini_batch_size, "head_dim": scans.head_dim}
+    try:
+        cubin = compile_kernel(scans.op, gpu=request.gpu, dtype=request.dtype, folder=request.kernels, **sizes)
+    except NoKernel as reason:
+        return None, str(reason)
+    return Path(cubin.file).stem, ""
+
+
+def _plugin_block(package: TensorRT, request: BuildRequest) -> AbstractContextManager[None]:
+    from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
+
+    return registered_plugins(package, request.kernels, request.gpu)
+
+
+def _parsed(package: TensorRT, builder: Any, onnx: Path) -> tuple[Any, Any]:
+    """The network and its parser, which owns the weights and must live as long."""
+    package.errors.clear()
+    strongly_typed = 1 << int(package.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parser = package.api.OnnxParser(network, package.logger)
+    if not parser.parse_from_file(str(onnx)):
+        cause = parser.get_error(0).desc() if parser.num_errors else package.take_errors()
+        raise EngineError(f"{onnx}: {package.name} cannot parse it ({' '.join(cause.split())[:300]})")
+    return network, parser
+
+
+def _check_signature(package: TensorRT, network: Any, request: BuildRequest) -> None:
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    for specs, tensors in ((request.inputs, inputs), (request.outputs, outputs)):
+        found = {tensor.name: tensor for tensor in tensors}
+        for spec in specs:
+            tensor = found.pop(spec.name, None)
+            shape = tuple(-1 if isinstance(axis, str) else axis for axis in spec.shape)
+            if tensor is None or tuple(tensor.shape) != shape or _dtypes(package)[tensor.dtype] != spec.dtype:
+                has = "nothing of that name" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+                raise EngineError(f"{request.onnx}: the bundle promises {spec}, TensorRT reads {has}")
+        if found:
+            raise EngineError(f"{request.onnx}: TensorRT reads {', '.join(found)}, not in the bundle")
+
+
+def _dtypes(package: TensorRT) -> dict[Any, TensorDType]:
+    kinds = package.api.DataType
+    return {kinds.FLOAT: "float32", kinds.HALF: "float16", kinds.BF16: "bfloat16", kinds.INT64: "int64"}
+
+
+def _plugins(package: TensorRT, network: Any, request: BuildRequest, cubin: str | None) -> dict[str, str]:
+    """Plugin layers and the cubin that they launch.
+
+    The parser replaces a node by its body without a word, so what it did is counted.
+    """
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    names = [layer.name for layer in layers if layer.type == package.api.LayerType.PLUGIN_V3]
+    expected = 0 if request.scans is None or cubin is None else request.scans.count
+    if len(names) != expected or len(set(names)) != expected:
+        raise EngineError(f"{request.onnx}: {package.name} made {len(names)} plugin layers of {expected} TTT nodes")
+    return {} if cubin is None else dict.fromkeys(names, cubin)
+
+
+def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Progress) -> Any:
+    api, settings = package.api, request.settings
+    config = builder.create_builder_config()
+    if package.name == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(api.ComputeCapability, request.gpu.replace("_", "").upper()), 0)
+    config.builder_optimization_level = settings.optimization_level
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace)
+    if settings.weight_streaming:
+        config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
+    for shapes in request.profiles:
+        profile = builder.create_optimization_profile()
+        for name, allowed in shapes.items():
+            profile.set_shape(name, allowed.min, allowed.opt, allowed.max)
+        config.add_optimization_profile(profile)
+    config.progress_monitor = _monitor(api, progress)
+    return config
+
+
+def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, target: Path, request: BuildRequest) -> None:
+    """Straight into the file, which needs a third less memory than one piece of bytes would."""
+    with _writer(package.api, target) as (writer, failures):
+        done = builder.build_serialized_network_to_stream(network, config, writer)
+    if failures:
+        raise failures[0]
+    if not done:
+        raise EngineError(
+            f"{request.graph}: {package.name} cannot build it for {request.gpu} ({package.take_errors()})"
+        )
+
+
+@contextmanager
+def _writer(api: Any, target: Path) -> Iterator[tuple[Any, list[OSError]]]:
+    failures: list[OSError] = []
+    with target.open("wb") as file:
+
+        class Writer(api.IStreamWriter):  # type: ignore[misc]  # the base has no types
+            def __init__(self) -> None:
+                api.IStreamWriter.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # would be lost in TensorRT
+                    failures.append(error)
+                    return 0
+
+        yield Writer(), failures
+
+
+def _monitor(api: Any, progress: Progress) -> Any:
+    class Monitor(api.IProgressMonitor):  # type: ignore[misc]  # the base has no types
+        """Reports the outermost phases; those within them come and go too quickly to be read."""
+
+        def __init__(self) -> None:
+            api.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            if not parent:
+                self.totals[name] = num_steps
+                progress(name, 0, num_steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self.totals:
+                progress(name, step + 1, self.totals[name])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.totals.pop(name, None)
+
+    return Monitor()

@@ -1,0 +1,169 @@
+"""The TTT operators as TensorRT plugins that launch our cubins.
+
+TensorRT takes a plugin for a node of `ai.ttt` while its creator is registered, and the node's function body while it
+is not. What a plugin computes is in `engines/kernels`; here are its shapes, dtypes and the launch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.launch import LoadedKernel
+from ttt_video_engine.engines.tensorrt.package import TensorRT
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.errors import EngineError
+
+NAMESPACE, VERSION = "ai.ttt", "1"
+OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
+INPUTS: dict[TTTKind, tuple[str, ...]] = {
+    "linear": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1"),
+    "mlp": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1", "W2", "b2"),
+}
+_ETA = 3
+
+
+@contextmanager
+def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[None]:
+    """Within the block, TTT nodes become plugins whose cubins for `gpu` lie in `kernels`; they are unloaded at its end.
+
+    Engines with plugins must be built, loaded and run within such a block.
+    """
+    registry = package.api.get_plugin_registry()
+    loaded = _Kernels(kernels, gpu)
+    creators = [_creator(package.api, op, loaded) for op in OP_TYPES]
+    for creator in creators:
+        if not registry.register_creator(creator, NAMESPACE):
+            raise EngineError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
+    try:
+        yield
+    finally:
+        for creator in creators:
+            registry.deregister_creator(creator)
+        loaded.close()
+
+
+def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
+    """Raises EngineError naming the operator, the layer and the first input that is not as `ai.ttt` has it.
+
+    Sizes that are not known yet are negative and fit anything.
+    """
+    where = f"{NAMESPACE}::{OP_TYPES[op]} {layer}"
+    names = INPUTS[op]
+    if len(shapes) != len(names):
+        raise EngineError(f"{where}: has {len(shapes)} inputs; must have {', '.join(names)}")
+    if len(shapes[0]) != 5:
+        raise EngineError(f"{where}: XQ is {list(shapes[0])}; must be [B, H, NC, CS, F]")
+    _, heads, _, _, head_dim = shapes[0]
+    clip, hidden = shapes[0], 4 * head_dim
+    weights = {
+        "linear": [(heads, head_dim, head_dim), (heads, 1, head_dim)],
+        "mlp": [(heads, head_dim, hidden), (heads, 1, hidden), (heads, hidden, head_dim), (heads, 1, head_dim)],
+    }
+    norm = (heads, head_dim)
+    expected = [clip, clip, clip, clip[:4], norm, norm, *weights[op]]
+    for name, shape, wanted in zip(names, shapes, expected, strict=True):
+        fits = len(shape) == len(wanted) and all(a == b or min(a, b) < 0 for a, b in zip(shape, wanted, strict=True))
+        if not fits:
+            raise EngineError(f"{where}: {name} is {list(shape)}; must be {list(wanted)}")
+
+
+class _Kernels:
+    """Cubins of one folder and GPU, loaded when first launched."""
+
+    def __init__(self, folder: Path, gpu: str) -> None:
+        self.folder, self.gpu = folder, gpu
+        self._loaded: dict[str, LoadedKernel] = {}
+
+    def get(self, name: str) -> LoadedKernel:
+        if name not in self._loaded:
+            self._loaded[name] = LoadedKernel(*read_cubin(self.folder, name))
+        return self._loaded[name]
+
+    def close(self) -> None:
+        for kernel in self._loaded.values():
+            kernel.close()
+        self._loaded.clear()
+
+
+def _creator(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
+    class Creator(api.IPluginCreatorV3One):  # type: ignore[misc]  # the bases have no types
+        def __init__(self) -> None:
+            api.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = OP_TYPES[op], VERSION, NAMESPACE
+            self.field_names = api.PluginFieldCollection([])
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            return plugin(name)
+
+    plugin = _plugin_class(api, op, kernels)
+    return Creator()
+
+
+def _plugin_class(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
+    dtypes: dict[Any, DType] = {
+        api.DataType.FLOAT: "float32",
+        api.DataType.HALF: "float16",
+        api.DataType.BF16: "bfloat16",
+    }
+
+    class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):  # type: ignore[misc]
+        def __init__(self, layer: str) -> None:
+            for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = OP_TYPES[op], VERSION, NAMESPACE
+            self.num_outputs = 1
+            self.layer = layer
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self.layer)
+
+        def get_output_data_types(self, inputs: list[Any]) -> list[Any]:
+            return [inputs[0]]
+
+        def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], expressions: Any) -> list[Any]:
+            sizes = [
+                [dim.get_constant_value() if dim.is_constant() else -1 for dim in (dims[i] for i in range(len(dims)))]
+                for dims in inputs
+            ]
+            check_shapes(op, self.layer, sizes)
+            return [api.DimsExprs(inputs[0])]
+
+        def supports_format_combination(self, position: int, tensors: list[Any], num_inputs: int) -> bool:
+            tensor = tensors[position].desc
+            wanted = api.DataType.FLOAT if position == _ETA else tensors[0].desc.type
+            return bool(
+                tensor.format == api.TensorFormat.LINEAR and tensor.type == wanted and tensors[0].desc.type in dtypes
+            )
+
+        def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
+            check_shapes(op, self.layer, [tuple(tensor.desc.dims) for tensor in inputs])
+
+        def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
+            check_shapes(op, self.layer, [tuple(tensor.dims) for tensor in inputs])
+
+        def get_fields_to_serialize(self) -> Any:
+            return api.PluginFieldCollection([])  # all that a plugin needs is in the shapes and the bundle
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def enqueue(
+            self,
+            inputs_desc: list[Any],
+            outputs_desc: list[Any],
+            inputs: list[int],
+            outputs: list[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            batch, heads, num_mini_batches, mini_batch_size, head_dim = tuple(inputs_desc[0].dims)
+            name = cubin_name(op, kernels.gpu, dtypes[inputs_desc[0].type], mini_batch_size, head_dim)
+            kernel = kernels.get(name)
+            kernel.launch(stream, [*inputs, *outputs], batch=batch, num_heads=heads, num_mini_batches=num_mini_batches)
+
+    return Plugin

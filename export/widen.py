@@ -1,0 +1,55 @@
+"""A bfloat16 graph as a float32 one, so that ONNX Runtime, which has no bfloat16 on CPUs, can run it for parity."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+
+_NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
+
+
+def widened(path: Path, target: Path) -> Path:
+    """Writes the graph at `path` to `target`, weights and all, with float32 wherever it has bfloat16.
+
+    Weights and constants keep the values that bfloat16 left them; only the arithmetic between them is wider.
+    """
+    model = onnx.load(path, load_external_data=False)
+    load_external_data_for_model(model, str(path.parent))
+    _widen_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            _widen_node(node)
+    onnx.save_model(model, target, save_as_external_data=True, location=f"{target.name}_data")
+    return target
+
+
+def _widen_graph(graph: GraphProto) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        _widen_type(value.type)
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for node in graph.node:
+        _widen_node(node)
+
+
+def _widen_node(node: NodeProto) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i == _NARROW:
+            attribute.i = _WIDE
+        elif attribute.type == AttributeProto.TENSOR:
+            _widen_tensor(attribute.t)
+        elif attribute.type == AttributeProto.GRAPH:
+            _widen_graph(attribute.g)
+
+
+def _widen_type(kind: TypeProto) -> None:
+    if kind.tensor_type.elem_type == _NARROW:
+        kind.tensor_type.elem_type = _WIDE
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    if tensor.data_type == _NARROW:
+        wide = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))

@@ -1,0 +1,232 @@
+"""Plans built for GPUs that are not here: nothing is mocked, TensorRT-RTX compiles every one of them."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from ttt_video_engine.engines.kernels.cubin import read_cubin
+from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_plan
+from ttt_video_engine.engines.tensorrt.plan import (
+    FOLDER,
+    KERNELS,
+    BuildSettings,
+    PlanEntry,
+    ShapeRange,
+    entry_path,
+    find_plan,
+    list_plans,
+)
+from ttt_video_engine.engines.tensorrt.plugin import check_shapes
+from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.export.build import TORCH_DTYPES, WEIGHTS_FILE
+from ttt_video_engine.export.components import Graph, text_encoder_graph, transformer_graph, vae_graphs
+from ttt_video_engine.export.plans import build_plans, profiles
+from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.presets import tiny
+
+Run = Callable[..., tuple[int, str, str]]
+WAYS = ("forward", "backward")
+GPUS = ("sm_89", "sm_120")
+
+
+def storyboard(folder: Path) -> Path:
+    path = folder / "bear.json"
+    path.write_text(json.dumps([{"text": "A bear bakes bread."}]))
+    return path
+
+
+def request(
+    folder: Path, graph: Graph, dtype: DType, gpu: str, *, scans: Scans | None = None, plugins: bool = True
+) -> BuildRequest:
+    """To build a graph that is exported into `folder` when it is not there yet."""
+    path = folder / graph.file
+    if not path.exists():
+        module = copy.deepcopy(graph.module).to(TORCH_DTYPES[dtype])
+        path.parent.mkdir(exist_ok=True)
+        shared = path.with_name(WEIGHTS_FILE)
+        weights = weight_file(module.state_dict(), shared, write=not shared.exists())
+        traced = onnx_graph.trace(module, graph.inputs_as(TORCH_DTYPES[dtype]), graph.outputs, graph.ttt)
+        onnx_graph.save(traced, path, weights, graph.ttt)
+    inputs, outputs = onnx_graph.read_signature(path)
+    return BuildRequest(
+        graph=graph.name,
+        onnx=path,
+        gpu=gpu,
+        dtype=dtype,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=profiles(tiny("linear"), ["3s"], inputs, graph.name),
+        settings=BuildSettings(plugins=plugins),
+        kernels=folder / KERNELS,
+        scans=scans,
+    )
+
+
+def built(request: BuildRequest, folder: Path) -> PlanEntry:
+    """Builds a plan, reads what was written, and checks what holds for every plan."""
+    phases: list[tuple[str, int, int]] = []
+    plan = build_plan(request, folder / FOLDER, lambda *phase: phases.append(phase))
+    plan.verify()
+    assert plan == find_plan(folder, request.graph, request.gpu)
+    entry = plan.entry
+    assert (entry.inputs, entry.outputs, entry.dtype) == (request.inputs, request.outputs, request.dtype)
+    assert plan.path.stat().st_size == entry.size > 10_000
+    free = {spec.name for spec in request.inputs if any(isinstance(axis, str) for axis in spec.shape)}
+    assert {name for profile in entry.profiles for name in profile} == free
+    assert phases and all(0 <= done <= total for _, done, total in phases)
+    return entry
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("ttt", ["linear", "mlp"])
+def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dtype: DType) -> None:
+    model = tiny(ttt)
+    config = model.transformer
+    graph = transformer_graph(SeededSource(model, seed=0).transformer(), model, "3s")
+    scans = Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
+    for gpu in GPUS:
+        entry = built(request(tmp_path, graph, dtype, gpu, scans=scans), tmp_path)
+        layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in WAYS]
+        assert sorted(entry.plugins) == sorted(layers) and entry.fallback == ""
+        (name,) = set(entry.plugins.values())
+        cubin, _ = read_cubin(tmp_path / KERNELS, name)
+        assert (cubin.op, cubin.gpu, cubin.dtype) == (ttt, gpu, dtype)
+        assert (cubin.mini_batch_size, cubin.head_dim) == (config.mini_batch_size, config.head_dim)
+        latents = entry.profiles[0]["latents"]
+        assert latents == ShapeRange(min=(1, 13, 16, 8, 12), opt=(2, 13, 16, 8, 12), max=(2, 13, 16, 8, 12))
+
+        entry = built(request(tmp_path, graph, dtype, gpu, scans=scans, plugins=False), tmp_path)
+        assert entry.plugins == {} and entry.fallback == "plugins were not asked for"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_components_around_it(tmp_path: Path, dtype: DType) -> None:
+    model, source = tiny("linear"), SeededSource(tiny("linear"), seed=0)
+    size = model.clip_size("3s")
+    graphs = (
+        text_encoder_graph(source.text_encoder(), vocab_size=model.text_encoder.vocab_size),
+        *vae_graphs(source.vae_decoder(), height=size.height, width=size.width),
+    )
+    for graph in graphs:
+        for gpu in GPUS:
+            entry = built(request(tmp_path, graph, dtype, gpu), tmp_path)
+            assert entry.plugins == {} and entry.fallback == ""
+
+
+def test_a_kernel_that_does_not_fit_the_chip_is_said_to(tmp_path: Path) -> None:
+    model = tiny("linear")
+    transformer = replace(model.transformer, model_dim=32, num_heads=4, num_layers=1)  # heads of 8
+    small = replace(model, transformer=transformer)
+    graph = transformer_graph(SeededSource(small, seed=0).transformer(), small, "3s")
+    entry = built(request(tmp_path, graph, "float32", "sm_89", scans=Scans("linear", 16, 8, count=2)), tmp_path)
+    assert entry.plugins == {} and entry.fallback == "kernels take heads of 16, 32, 64, 128, not 8"
+
+
+def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
+    model = tiny("linear")
+    graph = text_encoder_graph(SeededSource(model, seed=0).text_encoder(), vocab_size=model.text_encoder.vocab_size)
+    with pytest.raises(EngineError, match="made 0 plugin layers of 4 TTT nodes"):
+        built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 16, count=4)), tmp_path)
+    with pytest.raises(EngineError, match="text_encoder: tensorrt_rtx cannot build it for sm_75"):
+        built(request(tmp_path / "75", graph, "bfloat16", "sm_75"), tmp_path)
+    assert not list(tmp_path.rglob("*.plan*"))
+
+
+def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+
+    def export(*options: object) -> list[str]:
+        code, _, err = run("export", "--preset", "tiny", "--length", "3s", "--output", bundle, *options)
+        assert code == 0, err
+        return [line for line in err.splitlines() if " for sm_" in line or line == "nothing has changed"]
+
+    options = ("--precision", "bf16", "--engine", "tensorrt", "--gpu", "sm_89", "--gpu", "sm_120")
+    assert sum(line.endswith(": new") for line in export(*options)) == 8
+    manifest = open_bundle(bundle).manifest
+    plans = list_plans(bundle)
+    names = {(plan.entry.graph, plan.entry.gpu) for plan in plans}
+    assert names == {(graph, gpu) for graph in manifest.graphs for gpu in GPUS}
+    assert {f"{FOLDER}/{plan.path.name}" for plan in plans} < set(manifest.files)
+
+    before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.plan")}
+    assert export("--precision", "bf16") == ["nothing has changed"]
+    assert export(*options)[-1] == "nothing has changed"
+    lines = export(*options, "--no-plugin")
+    assert sum(line.endswith(": unchanged") for line in lines) == 6
+    assert sum("settings changed" in line for line in lines) == 2
+    kept = [name for name, inode in before.items() if (bundle / FOLDER / name).stat().st_ino == inode]
+    assert len(kept) == 6 and not any(name.startswith("transformer") for name in kept)
+
+    code, out, err = run("inspect", bundle)
+    assert (code, err) == (0, "")
+    assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: plugins were not asked for" in out
+    assert "profile latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and "changed" not in out
+    other = plans[0]
+    stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})
+    entry_path(other.path).write_bytes(msgspec.json.encode(stale))
+    code, out, _ = run("inspect", bundle)
+    assert code == 0 and "rebuild: package version changed (1.0 → 1.7" in out
+
+    code, out, err = run("sample", storyboard(tmp_path), "--bundle", bundle, "--output-dir", tmp_path / "out")
+    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: ") and "bfloat16" in err
+
+    lines = []
+    files = {**manifest.files, "transformer/model-3s.onnx": FileEntry("0" * 64, 1)}
+    (tmp_path / "stage").mkdir()
+    assert build_plans(
+        replace(manifest, files=files), tmp_path / "stage", bundle, (), BuildSettings(), lines.append, lambda *_: None
+    )
+    assert lines == [
+        f"transformer-3s for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}"
+        for gpu in ("sm_120", "sm_89")
+    ]
+    assert len(list_plans(tmp_path / "stage")) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--engine", "tensorrt"), "--engine tensorrt and --gpu go together"),
+        (("--gpu", "sm_89"), "--engine tensorrt and --gpu go together"),
+        (("--engine", "tensorrt", "--gpu", "89"), "--gpu is '89': must be an architecture such as sm_75"),
+        (("--engine", "tensorrt", "--gpu", "sm_90"), "tensorrt is not installed; run: pip install tensorrt"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_for(
+    run: Run, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    code, out, err = run("export", "--output", tmp_path / "bundle", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "expected"),
+    [
+        (0, (2, 4, 28, 16), "XQ is [2, 4, 28, 16]; must be [B, H, NC, CS, F]"),
+        (2, (2, 4, 28, 16, 8), "XV is [2, 4, 28, 16, 8]; must be [2, 4, 28, 16, 16]"),
+        (3, (2, 4, 28, 1), "eta is [2, 4, 28, 1]; must be [2, 4, 28, 16]"),
+        (6, (2, 4, 16, 16), "W1 is [2, 4, 16, 16]; must be [4, 16, 16]"),
+    ],
+)
+def test_a_plugin_names_the_input_that_does_not_fit(position: int, shape: tuple[int, ...], expected: str) -> None:
+    clip = (2, 4, 28, 16, 16)
+    shapes: list[tuple[int, ...]] = [clip, clip, clip, clip[:4], (4, 16), (4, 16), (4, 16, 16), (4, 1, 16)]
+    check_shapes("linear", "layers.0", shapes)
+    check_shapes("linear", "layers.0", [(-1, *shape[1:]) if len(shape) > 3 else shape for shape in shapes])
+    shapes[position] = shape
+    with pytest.raises(EngineError) as error:
+        check_shapes("linear", "layers.0", shapes)
+    assert str(error.value) == f"ai.ttt::TTTLinear layers.0: {expected}"
+    with pytest.raises(EngineError, match="has 9 inputs; must have XQ, XK"):
+        check_shapes("linear", "layers.0", [*shapes, (1,)])

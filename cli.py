@@ -28,10 +28,10 @@ app = typer.Typer(
 
 
 EngineName = Literal["onnxruntime", "tensorrt"]
-ProviderName = Literal["cpu", "cuda", "tensorrt"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
+ProviderName = Literal["cpu", "cuda", "tensorrt"]
 
 
 @app.command()

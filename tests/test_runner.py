@@ -249,6 +249,16 @@ def test_a_plan_of_another_export(bundle: Path, change: Callable[[PlanEntry], di
     assert found.startswith(f"{plan.path}: ") and expected in found and found.endswith(CURE) and "\n" not in found
 
 
+def test_a_plan_without_its_kernels(bundle: Path) -> None:
+    plan = add_plan(bundle, "1.0", plugins={"layer 1": "ttt_linear-sm_89", "layer 2": "ttt_linear-sm_89"})
+    with pytest.raises(EngineError) as raised:
+        check_plan(plan, open_bundle(bundle), "1.0")
+    assert str(raised.value) == f"{plan.path}: its kernel ttt_linear-sm_89 is not in {bundle / KERNELS}; {CURE}"
+    (bundle / KERNELS).mkdir()
+    (bundle / KERNELS / "ttt_linear-sm_89.cubin").write_bytes(b"cubin")
+    check_plan(plan, open_bundle(bundle), "1.0")
+
+
 def test_bytes_that_are_no_plan(bundle: Path, package: Any) -> None:
     """TensorRT itself refuses them, with or without a GPU."""
     plan = add_plan(bundle, package.version, content=b"no plan at all" * 100)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
-from ttt_video_engine.engines.tensorrt.plan import Plan, Profile, Shape, find_plan, list_plans
+from ttt_video_engine.engines.tensorrt.plan import KERNELS, Plan, Profile, Shape, find_plan, list_plans
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import ConfigError, EngineError
 
@@ -28,7 +28,7 @@ def usable_plan(bundle: Bundle, graph: str, gpu: str) -> tuple[Plan, TensorRT]:
 
 
 def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
-    """Raises EngineError unless a plan is of the bundle's graph, and of the `version` of its package."""
+    """Raises EngineError unless a plan is of the bundle's graph and of the `version` of its package, kernels at hand."""
     entry, manifest = plan.entry, bundle.manifest
     graph = bundle.graph(entry.graph)
     again = export_again(entry.gpu)
@@ -47,6 +47,9 @@ def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
     for part, value in here.items():
         if there.get(part) != value:
             raise EngineError(f"{plan.path}: is of another export ({part} differs); {again}")
+    for cubin in sorted(set(entry.plugins.values())):
+        if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
+            raise EngineError(f"{plan.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
     for side, promised, found in (
         ("takes", graph.inputs, entry.inputs),
         ("gives", graph.outputs, entry.outputs),

@@ -21,6 +21,7 @@ from ttt_video_engine.engines.tensorrt.checks import (
     usable_plan,
     weight_budget,
 )
+from ttt_video_engine.engines.tensorrt.deserialise import deserialised
 from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.engines.tensorrt.plan import (
     FOLDER,
@@ -33,7 +34,7 @@ from ttt_video_engine.engines.tensorrt.plan import (
     entry_path,
     plan_name,
 )
-from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader, deserialised
+from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle, open_bundle
 from ttt_video_engine.runtime.engine import TensorSpec, check_inputs
 from ttt_video_engine.runtime.errors import ConfigError, EngineError

@@ -11,6 +11,7 @@ import numpy as np
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.tensorrt.checks import choose_profile, export_again, usable_plan, weight_budget
+from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialised
 from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.engines.tensorrt.plan import KERNELS, Plan, Shape
 from ttt_video_engine.runtime.bundle import Bundle
@@ -129,7 +130,7 @@ class TensorRTEngine:
             self._budget(0, 0, available)
         self._runtime = self._package.api.Runtime(self._package.logger)
         self._engine = deserialised(self._package, self._runtime, plan)
-        _check_tensors(self._package, self._engine, plan)
+        check_tensors(self._package, self._engine, plan)
         if entry.settings.weight_streaming:
             # No context yet, or the budget could not be set. With 0 the size below is that of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
@@ -287,34 +288,3 @@ class TensorRTEngine:
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None
-
-
-def deserialised(package: TensorRT, runtime: Any, plan: Plan) -> Any:
-    """The engine of a plan. Raises EngineError with TensorRT's own reason where it is none, or not for this GPU."""
-    package.errors.clear()
-    content = np.memmap(plan.path, np.uint8, mode="r")  # mapped: a plan may be as large as the memory of the host
-    engine = runtime.deserialize_cuda_engine(content)
-    if engine is None:
-        raise EngineError(
-            f"{plan.path}: {package.name} cannot load it ({package.take_errors()}); {export_again(plan.entry.gpu)}"
-        )
-    return engine
-
-
-def _check_tensors(package: TensorRT, engine: Any, plan: Plan) -> None:
-    """What the JSON says is what the engine has."""
-    api = package.api
-    dtypes = {
-        "float32": api.DataType.FLOAT,
-        "float16": api.DataType.HALF,
-        "bfloat16": api.DataType.BF16,
-        "int64": api.DataType.INT64,
-    }
-    names = {engine.get_tensor_name(number) for number in range(engine.num_io_tensors)}
-    specs = (*plan.entry.inputs, *plan.entry.outputs)
-    for spec in specs:
-        if spec.name not in names or engine.get_tensor_dtype(spec.name) != dtypes[spec.dtype]:
-            raise EngineError(f"{plan.path}: has no {spec}, which its JSON promises; {export_again(plan.entry.gpu)}")
-    extra = sorted(names - {spec.name for spec in specs})
-    if extra:
-        raise EngineError(f"{plan.path}: has {', '.join(extra)}, not in its JSON; {export_again(plan.entry.gpu)}")

@@ -28,7 +28,7 @@ def usable_plan(bundle: Bundle, graph: str, gpu: str) -> tuple[Plan, TensorRT]:
 
 
 def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
-    """Raises EngineError unless a plan is of the bundle's graph and of this `version` of its package, with its kernels."""
+    """Raises EngineError unless a plan fits the `version` of its package and the bundle, and its kernels are there."""
     entry, manifest = plan.entry, bundle.manifest
     graph = bundle.graph(entry.graph)
     again = export_again(entry.gpu)

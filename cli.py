@@ -3,7 +3,7 @@
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from msgspec.structs import replace
@@ -12,6 +12,11 @@ from ttt_video_engine.runtime.config import DType, LengthName, TTTKind, read_con
 from ttt_video_engine.runtime.errors import ConfigError, TTTVideoError
 from ttt_video_engine.runtime.presets import preset as named_preset
 from ttt_video_engine.runtime.settings import Guidance, Sampler
+
+if TYPE_CHECKING:
+    from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+    from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
+    from ttt_video_engine.runtime.bundle import Bundle
 
 PROGRAM = "ttt-video"
 
@@ -35,6 +40,7 @@ _DTYPES: dict[Precision, DType] = {
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
+ProviderName = Literal["cpu", "cuda", "tensorrt"]
 
 
 @app.command()
@@ -114,6 +120,14 @@ def sample(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.", min=0, show_default="42")] = None,
     length: Annotated[LengthName | None, typer.Option(help="States the length that the scenes must make.")] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    provider: Annotated[
+        ProviderName | None,
+        typer.Option(help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Most that a TensorRT engine may take, such as 20GB.", show_default="all that is free"),
+    ] = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
@@ -121,16 +135,22 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Render the videos of a storyboard file."""
-    from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
     from ttt_video_engine.runtime.bundle import open_bundle
-    from ttt_video_engine.runtime.pipeline import plan_jobs, render
+    from ttt_video_engine.runtime.pipeline import graphs_of, plan_jobs, render
     from ttt_video_engine.runtime.progress import ProgressDisplay
     from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
 
+    if engine == "tensorrt" and provider is not None:
+        raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
+    if engine != "tensorrt" and gpu_memory is not None:
+        raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
     storyboards = load_storyboards(storyboard)
     if length is not None:
         check_length(storyboards, length)
     opened = open_bundle(bundle)
+    settings = opened.manifest.defaults
+    low_memory = low_memory or settings.low_memory
+    loader = _loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
     opened.verify()
     asked = {
         "num_steps": num_steps,
@@ -141,14 +161,48 @@ def sample(
         "seed": seed,
         "low_memory": low_memory,
     }
-    settings = replace(opened.manifest.defaults, **{name: value for name, value in asked.items() if value is not None})
+    settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     jobs = plan_jobs(opened, storyboards, settings, output_dir, overwrite=overwrite)
+    loader.check(graphs_of(jobs))
     for job in jobs:
         for truncation in job.prompts.truncations:
             typer.echo(f"warning: {job.storyboard.source}: {truncation.message}", err=True)
     with ProgressDisplay() as display:
-        for video in render(opened, OnnxRuntimeLoader(opened), jobs, settings, display.update):
+        for video in render(opened, loader, jobs, settings, display.update):
             typer.echo(f"video: {video}")
+
+
+def _loader(
+    bundle: "Bundle", engine: EngineName, provider: ProviderName | None, gpu_memory: str | None, *, low_memory: bool
+) -> "OnnxRuntimeLoader | TensorRTLoader":
+    if engine == "onnxruntime":
+        from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+
+        return OnnxRuntimeLoader(bundle, provider=provider)
+    from ttt_video_engine.engines.tensorrt.checks import parse_memory
+    from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
+
+    limit = None if gpu_memory is None else parse_memory(gpu_memory)
+    return TensorRTLoader(bundle, low_memory=low_memory, gpu_memory=limit)
+
+
+@app.command()
+def devices(json: Json = False, debug: Debug = False) -> None:
+    """Show what can run graphs on this machine, and why the rest cannot."""
+    import msgspec
+
+    from ttt_video_engine.engines.devices import survey
+
+    found = survey()
+    if json:
+        typer.echo(msgspec.json.encode(found).decode())
+        return
+    for backend in found.backends:
+        usable = "yes" if backend.usable else f"no   {backend.reason}"
+        typer.echo(f"{backend.name:<22} {backend.version or 'not installed':<16} {usable}")
+    for gpu in found.gpus:
+        memory = f"{gpu.free_memory / 2**30:.1f} of {gpu.total_memory / 2**30:.1f} GiB free"
+        typer.echo(f"GPU {gpu.index}: {gpu.name}, {gpu.gpu}, {memory}, driver for CUDA {gpu.driver}")
 
 
 @app.command()

@@ -1,15 +1,24 @@
-"""Graphs in ONNX Runtime: on the CPU, or on a CUDA device where onnxruntime-gpu is installed."""
+"""Graphs in ONNX Runtime: on the CPU, or on an NVIDIA GPU where onnxruntime-gpu is installed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
+import numpy as np
 import onnxruntime as ort
 
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.engine import Array, TensorSpec, check_inputs
+from ttt_video_engine.runtime.engine import AnyArray, Array, TensorSpec, check_inputs
 from ttt_video_engine.runtime.errors import EngineError
+
+ProviderName = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""ONNX Runtime's names: the provider asked for, then those that take what it leaves."""
 
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
@@ -42,13 +51,19 @@ class OnnxRuntimeEngine:
         _check_signature(path, inputs, self._session.get_inputs())
         _check_signature(path, outputs, self._session.get_outputs())
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that started, the first choice first."""
+        return self._session.get_providers() if self._session is not None else []
+
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
         if self._session is None:
             raise EngineError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self.inputs, inputs)
         names = [spec.name for spec in self.outputs]
         try:
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+            host = {name: np.asarray(array) for name, array in inputs.items()}
+            return dict(zip(names, self._session.run(names, host), strict=True))
         except Exception as error:  # as above
             raise EngineError(f"{self._name}: ONNX Runtime failed ({_first_line(error)})") from error
 
@@ -62,24 +77,61 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeLoader:
-    """Loads graphs of a bundle. `num_threads` 0 lets ONNX Runtime take every core."""
+    """Loads graphs of a bundle. `provider` None takes CUDA where ONNX Runtime has it, `num_threads` 0 every core.
 
-    def __init__(self, bundle: Bundle, *, num_threads: int = 0) -> None:
+    Raises EngineError for a provider that ONNX Runtime does not have, and for a bundle in bfloat16.
+    """
+
+    def __init__(self, bundle: Bundle, *, provider: ProviderName | None = None, num_threads: int = 0) -> None:
+        if bundle.manifest.dtype == "bfloat16":
+            raise EngineError(
+                f"{bundle.root}: is bfloat16, which ONNX Runtime's CPU provider and numpy do not have; "
+                "use --engine tensorrt, or export with --dtype float16 or float32"
+            )
         self._bundle = bundle
+        self._providers = available_providers() if provider is None else check_provider(provider)
+        self._provider = provider
         self._num_threads = num_threads
+
+    def check(self, graphs: Iterable[str]) -> None:
+        """Raises BundleError where the bundle lacks one of these graphs."""
+        for graph in graphs:
+            self._bundle.graph(graph)
 
     def __call__(self, graph: str) -> OnnxRuntimeEngine:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
-        return OnnxRuntimeEngine(
-            path, entry.inputs, entry.outputs, providers=available_providers(), num_threads=self._num_threads
+        engine = OnnxRuntimeEngine(
+            path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
         )
+        # ONNX Runtime goes on without a provider that does not start, and says so in its log only.
+        if self._provider is not None and self._providers[0] not in engine.providers:
+            raise EngineError(
+                f"--provider {self._provider}: {self._providers[0]} did not start; check the GPU and its driver, "
+                "or use --provider cpu"
+            )
+        return engine
 
 
-def available_providers() -> list[str]:
+def available_providers() -> tuple[str, ...]:
     """Execution providers in order of preference, of those that this build of ONNX Runtime has."""
     available = ort.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    return tuple(name for name in PROVIDERS["cuda"] if name in available)
+
+
+def check_provider(provider: ProviderName) -> tuple[str, ...]:
+    """The execution providers behind a choice. Raises EngineError where this build of ONNX Runtime lacks one.
+
+    Whether a GPU is there shows when a graph is loaded.
+    """
+    available = ort.get_available_providers()
+    for name in PROVIDERS[provider]:
+        if name not in available:
+            raise EngineError(
+                f"--provider {provider}: this ONNX Runtime {ort.__version__} has no {name}; "
+                "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+            )
+    return PROVIDERS[provider]
 
 
 def _check_signature(path: Path, expected: tuple[TensorSpec, ...], nodes: list[ort.NodeArg]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from msgspec import Struct
@@ -11,6 +11,23 @@ from numpy.typing import NDArray
 from ttt_video_engine.runtime.errors import EngineError
 
 Array = NDArray[np.generic]
+
+
+class AnyArray(Protocol):
+    """An array of numpy's, or one that lies elsewhere and that `np.asarray` brings to the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
 TensorDType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
@@ -30,7 +47,7 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
         them."""
         return "uint16" if self.dtype == "bfloat16" else self.dtype
 
-    def fits(self, array: Array) -> bool:
+    def fits(self, array: AnyArray) -> bool:
         """Whether an array may be fed to (or come out of) this place."""
         same_rank = array.ndim == len(self.shape)
         same_sizes = all(isinstance(want, str) or want == n for want, n in zip(self.shape, array.shape, strict=False))
@@ -40,8 +57,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
 class Engine(Protocol):
     """One graph, loaded. Leaving the `with` block frees what it holds."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name. Raises EngineError where the inputs are not those of the graph."""
+    def run(self, inputs: Mapping[str, AnyArray]) -> Mapping[str, AnyArray]:
+        """All outputs by name; the VAE's caches may stay where the engine works, to be fed back as they are.
+
+        Raises EngineError where the inputs are not those of the graph.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -57,7 +77,7 @@ class EngineLoader(Protocol):
     def __call__(self, graph: str) -> Engine: ...
 
 
-def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, Array]) -> None:
+def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, AnyArray]) -> None:
     """Raises EngineError unless `inputs` are exactly what the graph takes; free axes of one name must agree."""
     expected = {spec.name for spec in specs}
     if expected != set(inputs):

@@ -81,6 +81,12 @@ def plan_jobs(
     return jobs
 
 
+def graphs_of(jobs: list[Job]) -> list[str]:
+    """Every graph that `render` will load."""
+    transformers = dict.fromkeys(transformer_graph(job.length) for job in jobs)
+    return [TEXT_ENCODER, *transformers, VAE_FIRST, VAE_NEXT]
+
+
 def render(
     bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, progress: Progress
 ) -> Iterator[Path]:
@@ -98,7 +104,8 @@ def encode_prompts(load: EngineLoader, jobs: list[Job], progress: Progress) -> l
     with load(TEXT_ENCODER) as engine:
         for done, job in enumerate(jobs, start=1):
             start = perf_counter()
-            branches = [engine.run({"ids": ids})["embeddings"] for ids in (job.prompts.negative, job.prompts.positive)]
+            ids = (job.prompts.negative, job.prompts.positive)
+            branches = [np.asarray(engine.run({"ids": branch})["embeddings"]) for branch in ids]
             texts.append((np.stack(branches).astype(np.float32), perf_counter() - start))
             progress("text", done, len(jobs))
     return texts
@@ -121,13 +128,15 @@ def denoise(bundle: Bundle, load: EngineLoader, length: str, text: Floats, setti
             size = 1 if settings.low_memory else 2
             batches = [text[start : start + size] for start in range(0, 2, size)]
             runs = [
-                engine.run(
-                    {
-                        "latents": np.repeat(x, size, axis=0),
-                        "text": batch,
-                        "timestep": np.full(size, timestep, dtype=np.int64),
-                    }
-                )["velocity"]
+                np.asarray(
+                    engine.run(
+                        {
+                            "latents": np.repeat(x, size, axis=0),
+                            "text": batch,
+                            "timestep": np.full(size, timestep, dtype=np.int64),
+                        }
+                    )["velocity"]
+                )
                 for batch in batches
             ]
             negative, positive = np.split(np.concatenate(runs).astype(np.float32), 2)
@@ -141,7 +150,7 @@ def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDAr
     size = bundle.manifest.model.vae.temporal_window
     with load(VAE_FIRST) as engine:
         outputs = engine.run({"latents": latents[:, : 1 + size]})
-    yield to_frames(outputs["frames"].astype(np.float32))
+    yield to_frames(np.asarray(outputs["frames"], np.float32))
     with load(VAE_NEXT) as engine:
         for start in range(1 + size, latents.shape[1], size):
             caches = {
@@ -150,7 +159,7 @@ def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDAr
                 if name.startswith(_CACHE_OUT)
             }
             outputs = engine.run({"latents": latents[:, start : start + size], **caches})
-            yield to_frames(outputs["frames"].astype(np.float32))
+            yield to_frames(np.asarray(outputs["frames"], np.float32))
 
 
 def _render_one(

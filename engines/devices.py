@@ -1,0 +1,76 @@
+"""What can run graphs on this machine, and why the rest cannot."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import onnxruntime as ort
+
+from ttt_video_engine.engines.cuda import Device, devices
+from ttt_video_engine.engines.onnxruntime import PROVIDERS, check_provider
+from ttt_video_engine.engines.tensorrt.package import load_package, package_for
+from ttt_video_engine.engines.tensorrt.plan import PackageName
+from ttt_video_engine.runtime.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run graphs. `reason` says why it is not usable and what to do, and is empty where it is usable."""
+
+    name: str
+    version: str | None
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All backends, the GPUs, and why there are none where there are none."""
+
+    backends: tuple[Backend, ...]
+    gpus: tuple[Device, ...]
+    no_gpu: str
+
+
+def survey() -> Survey:
+    """Looks at the machine. Imports what is installed, loads no graph, raises nothing."""
+    gpus: tuple[Device, ...] = ()
+    no_gpu = ""
+    try:
+        gpus = tuple(devices())
+    except EngineError as error:
+        no_gpu = str(error)
+    providers = [_provider(name, no_gpu) for name in PROVIDERS]
+    packages = [_package("tensorrt", gpus, no_gpu), _package("tensorrt_rtx", gpus, no_gpu)]
+    return Survey((*providers, *packages), gpus, no_gpu)
+
+
+def _provider(name: str, no_gpu: str) -> Backend:
+    try:
+        check_provider(name)  # type: ignore[arg-type]  # a key of PROVIDERS is a name
+        reason = "" if name == "cpu" else no_gpu
+    except EngineError as error:
+        reason = str(error).removeprefix(f"--provider {name}: ")
+    return Backend(f"onnxruntime {name}", ort.__version__, not reason, reason)
+
+
+def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backend:
+    """TensorRT needs its package, cuda-bindings, and a GPU that it builds for."""
+    try:
+        found = load_package(name).version
+    except EngineError as error:
+        return Backend(name, _distribution_version(name), False, str(error))
+    if not gpus:
+        return Backend(name, found, False, no_gpu)
+    others = [gpu.gpu for gpu in gpus if package_for(gpu.gpu) != name]
+    if len(others) == len(gpus):
+        reason = f"{', '.join(others)} runs with {package_for(others[0])} here; install that one"
+        return Backend(name, found, False, reason)
+    return Backend(name, found, True, "")
+
+
+def _distribution_version(name: PackageName) -> str | None:
+    """Version of a package that may be installed though it does not load."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,130 @@
+"""Whether a plan may be run: decided from its JSON, the bundle, the installed package and numbers, without a GPU."""
+
+from collections.abc import Mapping
+
+from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
+from ttt_video_engine.engines.tensorrt.plan import KERNELS, Plan, Profile, Shape, find_plan, list_plans
+from ttt_video_engine.runtime.bundle import Bundle
+from ttt_video_engine.runtime.errors import ConfigError, EngineError
+
+
+def usable_plan(bundle: Bundle, graph: str, gpu: str) -> tuple[Plan, TensorRT]:
+    """The plan of a graph for a GPU such as "sm_89", its file verified, and the package that runs it.
+
+    Where a bundle has several (after an update of the package, say), the first that passes. Raises EngineError that
+    says why none does: not built, package missing or of another version, of an earlier export, damaged.
+    """
+    first = find_plan(bundle.root, graph, gpu)
+    fault: EngineError | None = None
+    for plan in [plan for plan in list_plans(bundle.root) if (plan.entry.graph, plan.entry.gpu) == (graph, gpu)]:
+        try:
+            package = load_package(plan.entry.package)
+            check_plan(plan, bundle, package.version)
+            plan.verify()
+            return plan, package
+        except EngineError as error:
+            fault = fault or error
+    raise fault or EngineError(f"{first.path}: has gone; {export_again(gpu)}")
+
+
+def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
+    """Raises EngineError unless a plan fits the `version` of its package and the bundle, and its kernels are there."""
+    entry, manifest = plan.entry, bundle.manifest
+    graph = bundle.graph(entry.graph)
+    again = export_again(entry.gpu)
+    if entry.package_version != version:
+        wheel = entry.package.replace("_", "-")
+        raise EngineError(
+            f"{plan.path}: was built with {entry.package} {entry.package_version}, installed is {version}; {again} "
+            f"(or pip install {wheel}=={entry.package_version})"
+        )
+    here = {
+        "graph": manifest.files[graph.file].sha256,
+        "weights": manifest.files[graph.weights].sha256,
+        "precision": manifest.dtype,
+    }
+    there = {"precision": entry.dtype, **entry.key}
+    for part, value in here.items():
+        if there.get(part) != value:
+            raise EngineError(f"{plan.path}: is of another export ({part} differs); {again}")
+    for cubin in sorted(set(entry.plugins.values())):
+        if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
+            raise EngineError(f"{plan.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
+    for side, promised, found in (
+        ("takes", graph.inputs, entry.inputs),
+        ("gives", graph.outputs, entry.outputs),
+    ):
+        if set(promised) != set(found):
+            wanted, has = (", ".join(map(str, sorted(specs, key=str))) for specs in (promised, found))
+            raise EngineError(f"{plan.path}: {side} {has}; the bundle promises {wanted}; {again}")
+
+
+def export_again(gpu: str) -> str:
+    """The command that builds plans for a GPU."""
+    return f"run: ttt-video export --engine tensorrt --gpu {gpu}"
+
+
+def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int:
+    """Number of the first profile tuned for `shapes`, or else of the first that takes them.
+
+    Raises EngineError naming the first input that fits none, its shape, and what the profiles take.
+    """
+    if not profiles:
+        return 0
+    fitting = [number for number, profile in enumerate(profiles) if not _misfits(profile, shapes)]
+    for number in fitting:
+        if all(shapes[name] == shape.opt for name, shape in profiles[number].items()):
+            return number
+    if fitting:
+        return fitting[0]
+    name = _misfits(profiles[0], shapes)[0]
+    allowed = " or ".join(f"{list(profile[name].min)} … {list(profile[name].max)}" for profile in profiles)
+    raise EngineError(
+        f"{graph}: input {name} is {list(shapes[name])}; the engine was built for {allowed}; "
+        "export the bundle again for what is to be rendered"
+    )
+
+
+def weight_budget(
+    graph: str, *, weights: int, streamable: int, activations: int, available: int, low_memory: bool = False
+) -> int | None:
+    """How many bytes of the streamable weights stay on the GPU; None where all do. All sizes are in bytes.
+
+    `streamable` is 0 for an engine that was built without weight streaming. Raises EngineError where what cannot be
+    streamed does not fit.
+    """
+    needed = weights + activations
+    if needed <= available:
+        return None
+    cures = [] if low_memory else ["use --low-memory"]
+    if not streamable:
+        cures.insert(0, "export with --weight-streaming")
+    budget = available - activations - (weights - streamable)
+    if streamable and budget >= 0:
+        return min(budget, streamable)
+    streamed = " even with weights streamed" if streamable else ""
+    raise EngineError(
+        f"{graph}: needs {needed - streamable:,} bytes of GPU memory{streamed} ({weights - streamable:,} for weights, "
+        f"{activations:,} for activations), {available:,} are available; {', or '.join(cures) or 'take a larger GPU'}"
+    )
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 20GB, 20GiB or 512MiB. Raises ConfigError for anything else."""
+    units = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+    for unit, factor in units.items():
+        number = text.removesuffix(unit)
+        if number != text and number.isascii() and number.replace(".", "", 1).isdigit():
+            size = int(float(number) * factor)
+            if size > 0:
+                return size
+    raise ConfigError(f"--gpu-memory is {text!r}: must be a number above 0 and one of {', '.join(units)}, such as 20GB")
+
+
+def _misfits(profile: Profile, shapes: Mapping[str, Shape]) -> list[str]:
+    """Inputs whose shape a profile does not take."""
+    return [
+        name
+        for name, shape in profile.items()
+        if not all(low <= n <= high for low, n, high in zip(shape.min, shapes[name], shape.max, strict=True))
+    ]

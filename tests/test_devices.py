@@ -1,0 +1,104 @@
+"""What can run graphs here, and the choice of ONNX Runtime's provider."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from ttt_video_engine.engines.devices import survey
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, check_provider
+from ttt_video_engine.engines.tensorrt.package import load_package
+from ttt_video_engine.runtime.bundle import open_bundle
+from ttt_video_engine.runtime.errors import EngineError
+
+Run = Callable[..., tuple[int, str, str]]
+NAMES = ["onnxruntime cpu", "onnxruntime cuda", "onnxruntime tensorrt", "tensorrt", "tensorrt_rtx"]
+
+has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+without_cuda = pytest.mark.skipif(has_cuda, reason="this ONNX Runtime has the CUDA provider")
+
+
+def test_devices_as_a_table(run: Run) -> None:
+    code, out, err = run("devices")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line[:22].rstrip() for line in lines[: len(NAMES)]] == NAMES
+    assert lines[0].split() == ["onnxruntime", "cpu", ort.__version__, "yes"]
+    assert all(line.startswith("GPU ") for line in lines[len(NAMES) :])
+    for line in lines[: len(NAMES)]:
+        usable, *reason = line[40:].split(maxsplit=1)
+        assert (usable == "yes" and not reason) or (usable == "no" and reason)
+
+
+def test_devices_as_json(run: Run) -> None:
+    code, out, err = run("devices", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [backend["name"] for backend in found["backends"]] == NAMES
+    assert all(backend["usable"] == (backend["reason"] == "") for backend in found["backends"])
+    assert bool(found["gpus"]) != bool(found["no_gpu"])
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    load_package.cache_clear()
+    found = survey()
+    load_package.cache_clear()
+    reasons = {backend.name: backend.reason for backend in found.backends}
+    assert found.gpus == () and found.no_gpu.startswith("cuda-bindings is not installed; run: pip install ")
+    assert reasons["tensorrt"] == "tensorrt is not installed; run: pip install tensorrt"
+    assert reasons["tensorrt_rtx"].startswith("tensorrt_rtx is not installed; run: pip install tensorrt-rtx (or ")
+    assert reasons["onnxruntime cpu"] == ""
+
+
+@pytest.mark.gpu
+def test_the_gpu_of_this_machine() -> None:
+    found = survey()
+    (gpu, *_) = found.gpus
+    assert gpu.gpu.startswith("sm_") and gpu.name and 0 < gpu.free_memory <= gpu.total_memory
+    assert float(gpu.driver) >= 12
+
+
+# Providers
+
+
+@without_cuda
+@pytest.mark.parametrize(
+    ("provider", "missing"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
+)
+def test_a_provider_that_is_not_there(
+    run: Run, shared_bundle: Path, tmp_path: Path, provider: str, missing: str
+) -> None:
+    board = tmp_path / "bear.json"
+    board.write_text('[{"text": "A bear."}]')
+    out = tmp_path / "out"
+    code, stdout, err = run("sample", board, "--bundle", shared_bundle, "--output-dir", out, "--provider", provider)
+    assert (code, stdout) == (2, "") and not out.exists()
+    assert err == (
+        f"error: --provider {provider}: this ONNX Runtime {ort.__version__} has no {missing}; "
+        "run: pip uninstall onnxruntime; pip install onnxruntime-gpu\n"
+    )
+
+
+def test_the_provider_that_was_asked_for_is_the_one_that_runs(shared_bundle: Path) -> None:
+    assert check_provider("cpu") == ("CPUExecutionProvider",)
+    with OnnxRuntimeLoader(open_bundle(shared_bundle), provider="cpu")("text_encoder") as engine:
+        assert engine.providers == ["CPUExecutionProvider"]
+
+
+def test_bfloat16_is_not_for_onnx_runtime(run: Run, bundle: Path, tmp_path: Path) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_bytes())
+    (bundle / "bundle.json").write_text(json.dumps({**manifest, "dtype": "bfloat16"}))
+    with pytest.raises(EngineError) as raised:
+        OnnxRuntimeLoader(open_bundle(bundle))
+    found = str(raised.value)
+    assert found.startswith(f"{bundle}: is bfloat16, ") and "--engine tensorrt" in found and "--dtype float16" in found
+
+    board = tmp_path / "bear.json"
+    board.write_text('[{"text": "A bear."}]')
+    code, out, err = run("sample", board, "--bundle", bundle, "--output-dir", tmp_path / "out")
+    assert (code, out, err) == (2, "", f"error: {found}\n") and not (tmp_path / "out").exists()

@@ -51,7 +51,7 @@ def request(
     path = folder / graph.file
     if not path.exists():
         module = copy.deepcopy(graph.module).to(TORCH_DTYPES[dtype])
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shared = path.with_name(WEIGHTS_FILE)
         weights = weight_file(module.state_dict(), shared, write=not shared.exists())
         traced = onnx_graph.trace(module, graph.inputs_as(TORCH_DTYPES[dtype]), graph.outputs, graph.ttt)
@@ -122,13 +122,14 @@ def test_the_components_around_it(tmp_path: Path, dtype: DType) -> None:
             assert entry.plugins == {} and entry.fallback == ""
 
 
-def test_a_kernel_that_does_not_fit_the_chip_is_said_to(tmp_path: Path) -> None:
+def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> None:
     model = tiny("linear")
-    transformer = replace(model.transformer, model_dim=32, num_heads=4, num_layers=1)  # heads of 8
-    small = replace(model, transformer=transformer)
-    graph = transformer_graph(SeededSource(small, seed=0).transformer(), small, "3s")
-    entry = built(request(tmp_path, graph, "float32", "sm_89", scans=Scans("linear", 16, 8, count=2)), tmp_path)
-    assert entry.plugins == {} and entry.fallback == "kernels take heads of 16, 32, 64, 128, not 8"
+    transformer = replace(model.transformer, model_dim=96, num_heads=2, num_layers=1)  # heads of 48
+    odd = replace(model, transformer=transformer)
+    graph = transformer_graph(SeededSource(odd, seed=0).transformer(), odd, "3s")
+    entry = built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 48, count=2)), tmp_path)
+    assert entry.plugins == {} and entry.fallback == "kernels take heads of 16, 32, 64, 128, not 48"
+    assert not (tmp_path / KERNELS).exists()
 
 
 def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
@@ -136,8 +137,10 @@ def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
     graph = text_encoder_graph(SeededSource(model, seed=0).text_encoder(), vocab_size=model.text_encoder.vocab_size)
     with pytest.raises(EngineError, match="made 0 plugin layers of 4 TTT nodes"):
         built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 16, count=4)), tmp_path)
-    with pytest.raises(EngineError, match="text_encoder: tensorrt_rtx cannot build it for sm_75"):
-        built(request(tmp_path / "75", graph, "bfloat16", "sm_75"), tmp_path)
+    whole = request(tmp_path, graph, "float16", "sm_89")
+    whole.onnx.write_bytes(whole.onnx.read_bytes()[:1000])
+    with pytest.raises(EngineError, match=r"model\.onnx: tensorrt_rtx cannot parse it"):
+        built(whole, tmp_path)
     assert not list(tmp_path.rglob("*.plan*"))
 
 
@@ -197,7 +200,7 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
     [
         (("--engine", "tensorrt"), "--engine tensorrt and --gpu go together"),
         (("--gpu", "sm_89"), "--engine tensorrt and --gpu go together"),
-        (("--engine", "tensorrt", "--gpu", "89"), "--gpu is '89': must be an architecture such as sm_75"),
+        (("--engine", "tensorrt", "--gpu", "89"), "--gpu is '89': must be an architecture such as sm_80"),
         (("--engine", "tensorrt", "--gpu", "sm_90"), "tensorrt is not installed; run: pip install tensorrt"),
     ],
 )

@@ -18,8 +18,9 @@ from typing import Any
 from ttt_video_engine.engines.tensorrt.plan import PackageName
 from ttt_video_engine.runtime.errors import ConfigError, EngineError
 
-RTX_GPUS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT-RTX builds for, with or without a GPU."""
+RTX_GPUS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+"""What TensorRT-RTX builds for, with or without a GPU. It knows sm_75 too, but has no float32 matrix products for it,
+which the TTT layers are made of."""
 
 
 @dataclass(frozen=True)

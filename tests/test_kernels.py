@@ -1,0 +1,261 @@
+"""The kernels in Triton's interpreter against the sequential scan; their cubins; and on a GPU, where there is one."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel
+from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
+from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
+from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.errors import EngineError
+
+GOLDEN = Path(__file__).parent / "golden"
+SCANS = {"linear": ttt_linear, "mlp": ttt_mlp}
+WEIGHTS: dict[TTTKind, tuple[str, ...]] = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""Of the largest value: parity, then one rounding of the output. In the interpreter all arithmetic is float32."""
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ON_CHIP = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+"""Of the largest value, with the products of `compile.PRECISIONS`; about three times what `benchmarks/precision.py`
+finds when it rounds the factors so."""
+
+
+class Interpreter:
+    """Runs kernels in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._source, self._target = folder / "in.safetensors", folder / "out.safetensors"
+        script = Path(__file__).with_name("interpret_kernels.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(self._source), str(self._target)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, op: TTTKind, inputs: Mapping[str, Tensor]) -> Tensor:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        save_file(dict(inputs), self._source)
+        self._process.stdin.write(f"{op}\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n"
+        return load_file(self._target)["XQW"]
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    with closing(Interpreter(tmp_path_factory.mktemp("interpreter"))) as interpreter:
+        yield interpreter
+
+
+def random_inputs(op: TTTKind, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Sizes as in a model: unit queries and keys, learning rates of the public code's order."""
+    _, heads, _, mini_batch_size, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator) * std).to(dtype)
+
+    hidden = 4 * head_dim
+    weights = {
+        "linear": {"W1": (heads, head_dim, head_dim), "b1": (heads, 1, head_dim)},
+        "mlp": {
+            "W1": (heads, head_dim, hidden),
+            "b1": (heads, 1, hidden),
+            "W2": (heads, hidden, head_dim),
+            "b2": (heads, 1, head_dim),
+        },
+    }
+    return {
+        "XQ": functional.normalize(normal(*shape).float(), dim=-1).to(dtype),
+        "XK": functional.normalize(normal(*shape).float(), dim=-1).to(dtype),
+        "XV": normal(*shape),
+        "eta": torch.rand(*shape[:-1], generator=generator) / head_dim / mini_batch_size,
+        "norm_weight": (1 + 0.1 * normal(heads, head_dim).float()).to(dtype),
+        "norm_bias": normal(heads, head_dim, std=0.1),
+        **{name: normal(*size, std=0.1) for name, size in weights[op].items()},
+    }
+
+
+def check(found: Tensor, inputs: Mapping[str, Tensor], op: TTTKind, tolerance: float) -> None:
+    expected = SCANS[op](*inputs.values()).float()
+    assert found.isfinite().all()
+    error = (found.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_a_kernel_gives_what_was_recorded(interpreter: Interpreter, op: TTTKind, dtype: torch.dtype) -> None:
+    recorded = {name: tensor.float() for name, tensor in load_file(GOLDEN / f"op_ttt_{op}.safetensors").items()}
+    names = ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", *WEIGHTS[op])
+    inputs = {name: recorded[f"input.{name}"] for name in names}
+    outputs = []
+    for index in range(len(inputs["XQ"])):  # the recording has weights for each of the batch, the operator has not
+        one = {
+            name: value[index : index + 1] if value.ndim > 3 or name == "eta" else value
+            for name, value in inputs.items()
+        }
+        one |= {name: inputs[name][index] for name in WEIGHTS[op]}
+        one = {name: (value if name == "eta" else value.to(dtype)).contiguous() for name, value in one.items()}
+        outputs.append(interpreter.run(op, one).float())
+    expected = recorded["output.XQW"]
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]  # inputs are rounded as well
+    assert (torch.cat(outputs) - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4)),
+    mini_batch_size=st.sampled_from([16, 64]),
+    head_dim=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    seed=st.integers(0, 2**31),
+)
+def test_a_kernel_equals_the_scan(
+    interpreter: Interpreter,
+    op: TTTKind,
+    sizes: tuple[int, int, int],
+    mini_batch_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    inputs = random_inputs(op, (*sizes, mini_batch_size, head_dim), dtype, seed)
+    check(interpreter.run(op, inputs), inputs, op, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-20, 1e4])
+def test_values_at_the_ends_of_float32(interpreter: Interpreter, op: TTTKind, scale: float) -> None:
+    """Zeros, denormals, values whose squares are denormal, and large ones: finite, and equal to the scan."""
+    inputs = random_inputs(op, (1, 2, 3, 16, 16), torch.float32)
+    for name in ("XQ", "XK", "XV", *WEIGHTS[op]):
+        inputs[name] = inputs[name] * scale
+    inputs["eta"] = inputs["eta"] / max(scale, 1) ** 2
+    check(interpreter.run(op, inputs), inputs, op, TOLERANCES[torch.float32])
+
+
+CASES: list[tuple[TTTKind, str, DType, int, int]] = [
+    # op, gpu, dtype, mini-batch, most bytes of stack a thread
+    ("linear", "sm_80", "bfloat16", 16, 0),
+    ("linear", "sm_89", "bfloat16", 16, 0),
+    ("linear", "sm_90", "float16", 16, 0),
+    ("linear", "sm_120", "bfloat16", 16, 0),
+    ("linear", "sm_89", "float32", 16, 512),
+    ("mlp", "sm_89", "bfloat16", 64, 2400),
+    ("mlp", "sm_90", "bfloat16", 64, 2400),
+]
+
+
+@pytest.mark.parametrize(("op", "gpu", "dtype", "mini_batch_size", "most_stack"), CASES)
+def test_a_cubin_at_full_size(
+    tmp_path: Path, op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, most_stack: int
+) -> None:
+    cubin = compile_kernel(op, gpu=gpu, dtype=dtype, mini_batch_size=mini_batch_size, head_dim=64, folder=tmp_path)
+    name = cubin_name(op, gpu, dtype, mini_batch_size, 64)
+    found, code = read_cubin(tmp_path, name)
+    assert found == cubin and code[:4] == b"\x7fELF"
+    assert cubin.registers <= 255 and cubin.spills <= most_stack
+    assert cubin.shared_memory <= 99 << 10 or gpu == "sm_90"
+    tensors = ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", *WEIGHTS[op], "XQW")
+    assert cubin.parameters[: len(tensors)] == tensors
+    assert cubin.parameters[len(tensors) :][:2] == ("num_heads", "num_mini_batches")
+    assert cubin.entry == f"ttt_{op}" and cubin.num_warps == {"linear": 4, "mlp": 8}[op]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mini_batch_size", "head_dim", "op", "reason"),
+    [
+        ("sm_75", 16, 64, "linear", "not for sm_75"),
+        ("sm_89", 32, 64, "linear", "mini-batches of 16 or 64 tokens, not 32"),
+        ("sm_89", 16, 48, "linear", "heads of 16, 32, 64, 128, not 48"),
+        ("sm_89", 64, 128, "mlp", "a TTT-MLP head of 128 do not fit on a chip"),
+    ],
+)
+def test_no_kernel_and_why(
+    tmp_path: Path, gpu: str, mini_batch_size: int, head_dim: int, op: TTTKind, reason: str
+) -> None:
+    with pytest.raises(NoKernel, match=re.escape(reason)):
+        compile_kernel(
+            op, gpu=gpu, dtype="float16", mini_batch_size=mini_batch_size, head_dim=head_dim, folder=tmp_path
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cubin_that_is_not_what_was_compiled(tmp_path: Path) -> None:
+    compile_kernel("linear", gpu="sm_89", dtype="float16", mini_batch_size=16, head_dim=16, folder=tmp_path)
+    name = cubin_name("linear", "sm_89", "float16", 16, 16)
+    cure = "run: ttt-video export --engine tensorrt --gpu sm_89"
+
+    def message() -> str:
+        with pytest.raises(EngineError) as error:
+            read_cubin(tmp_path, name)
+        return str(error.value)
+
+    description, code = tmp_path / f"{name}.json", tmp_path / f"{name}.cubin"
+    whole, text = code.read_bytes(), description.read_text()
+    code.write_bytes(whole[:-1] + b"\xff")
+    assert message() == f"{code}: is not the kernel that was compiled; {cure}"
+    code.unlink()
+    assert message() == f"{code}: is missing; {cure}"
+    code.write_bytes(whole)
+    description.write_text(json.dumps({**json.loads(text), "op": "mlp"}))
+    assert message() == f"{code}: is not the kernel that was compiled; {cure}"
+    description.write_text(text[:50])
+    assert message().startswith(f"{description}: ") and message().endswith(cure)
+    description.unlink()
+    assert message() == f"{description}: is missing; {cure}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("op", "mini_batch_size"), [("linear", 16), ("linear", 64), ("mlp", 16), ("mlp", 64)])
+def test_a_cubin_on_this_gpu(tmp_path: Path, op: TTTKind, mini_batch_size: int, dtype: DType) -> None:
+    """48 heads of 64, both branches of guidance in one launch, into an output that is NaN before."""
+    from ttt_video_engine.engines.cuda import Stream, device, to_device
+    from ttt_video_engine.engines.kernels.launch import LoadedKernel
+
+    gpu = device().gpu
+    try:
+        cubin = compile_kernel(op, gpu=gpu, dtype=dtype, mini_batch_size=mini_batch_size, head_dim=64, folder=tmp_path)
+    except NoKernel as reason:
+        pytest.skip(str(reason))
+    inputs = random_inputs(op, (2, 48, 1024 // mini_batch_size, mini_batch_size, 64), DTYPES[dtype])
+    poisoned = torch.full_like(inputs["XQ"], float("nan"))
+    stream = Stream()
+    arrays = [to_device(_bits(tensor), stream) for tensor in (*inputs.values(), poisoned)]
+    kernel = LoadedKernel(*read_cubin(tmp_path, Path(cubin.file).stem))
+    pointers = [array.buffer.pointer for array in arrays]
+    sizes = {"batch": 2, "num_heads": 48, "num_mini_batches": 1024 // mini_batch_size}
+    kernel.launch(stream.handle, pointers, **sizes)
+    stream.synchronize("a TTT kernel")
+    found = torch.from_numpy(np.asarray(arrays[-1])).view(DTYPES[dtype])
+    check(found, inputs, op, ON_CHIP[dtype])
+    with pytest.raises(EngineError, match=r"XK is not aligned to 16 bytes"):
+        kernel.launch(stream.handle, [pointers[0], pointers[1] + 2, *pointers[2:]], **sizes)
+    with pytest.raises(EngineError, match=r"tensors; must be XQ, XK"):
+        kernel.launch(stream.handle, pointers[1:], **sizes)
+    kernel.close()
+
+
+def _bits(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

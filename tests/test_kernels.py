@@ -245,15 +245,15 @@ def test_a_cubin_on_this_gpu(tmp_path: Path, op: TTTKind, mini_batch_size: int, 
     arrays = [to_device(_bits(tensor), stream) for tensor in (*inputs.values(), poisoned)]
     kernel = LoadedKernel(*read_cubin(tmp_path, Path(cubin.file).stem))
     pointers = [array.buffer.pointer for array in arrays]
-    sizes = {"batch": 2, "num_heads": 48, "num_mini_batches": 1024 // mini_batch_size}
-    kernel.launch(stream.handle, pointers, **sizes)
+    sizes = (48, 1024 // mini_batch_size)
+    kernel.launch(stream.handle, 2 * 48, pointers, sizes)
     stream.synchronize("a TTT kernel")
     found = torch.from_numpy(np.asarray(arrays[-1])).view(DTYPES[dtype])
     check(found, inputs, op, ON_CHIP[dtype])
     with pytest.raises(EngineError, match=r"XK is not aligned to 16 bytes"):
-        kernel.launch(stream.handle, [pointers[0], pointers[1] + 2, *pointers[2:]], **sizes)
+        kernel.launch(stream.handle, 2 * 48, [pointers[0], pointers[1] + 2, *pointers[2:]], sizes)
     with pytest.raises(EngineError, match=r"tensors; must be XQ, XK"):
-        kernel.launch(stream.handle, pointers[1:], **sizes)
+        kernel.launch(stream.handle, 2 * 48, pointers[1:], sizes)
     kernel.close()
 
 

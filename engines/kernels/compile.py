@@ -3,6 +3,7 @@
 import hashlib
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +56,9 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
     Raises NoKernel where there is none of this size, or where it needs more shared memory than the chip has.
     """
     _check(op, gpu, mini_batch_size, head_dim)
-    compiled = _compile(op, gpu, dtype, mini_batch_size, head_dim)
+    values = constants(op, dtype, mini_batch_size, head_dim)
+    types = {name: _argument(name, dtype) for name in _parameters(op)}
+    compiled = assemble(KERNELS[op], types, values, gpu=gpu, num_warps=num_warps(op, head_dim))
     name, code = cubin_name(op, gpu, dtype, mini_batch_size, head_dim), compiled.asm["cubin"]
     limit = SHARED_MEMORY[gpu] << 10
     if compiled.metadata.shared > limit:
@@ -72,7 +75,7 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
         shared_memory=compiled.metadata.shared,
         registers=registers,
         spills=stack,
-        parameters=(*_parameters(op), *_SCRATCH),
+        parameters=(*types, *_SCRATCH),
         file=f"{name}.cubin",
         sha256=hashlib.sha256(code).hexdigest(),
         source_sha256=source_digest(op),
@@ -88,6 +91,23 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
 def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     return {"C": mini_batch_size, "F": head_dim, "PRECISION": PRECISIONS[op][dtype]}
+
+
+def assemble(
+    kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], *, gpu: str, num_warps: int, num_stages: int = 1
+) -> Any:
+    """A Triton kernel compiled for an architecture: `types` of the arguments of a launch, `values` of the others.
+
+    Pointers are taken to be aligned to 16 bytes.
+    """
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in values else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    places = {(names.index(name),): value for name, value in values.items()}
+    source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def source_digest(op: TTTKind) -> str:
@@ -109,23 +129,6 @@ def _check(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
         raise NoKernel(f"kernels take heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
     if op == "mlp" and head_dim == max(HEAD_DIMS):
         raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} do not fit on a chip")
-
-
-def _compile(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int) -> Any:
-    kernel, values = KERNELS[op], constants(op, dtype, mini_batch_size, head_dim)
-    names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in values else _argument(name, dtype) for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    places = {(names.index(name),): value for name, value in values.items()}
-    source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
-    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
-    options = {
-        "num_warps": num_warps(op, head_dim),
-        "num_stages": 1,
-        "maxnreg": MAX_REGISTERS,
-        "enable_fp_fusion": True,
-    }
-    return triton.compile(source, target=target, options=options)
 
 
 def _argument(name: str, dtype: DType) -> str:

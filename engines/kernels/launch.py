@@ -29,14 +29,12 @@ class LoadedKernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _call("cuFuncSetAttribute", self._function, attribute, cubin.shared_memory)
 
-    def launch(
-        self, stream: int, pointers: Sequence[int], *, batch: int, num_heads: int, num_mini_batches: int
-    ) -> None:
-        """One block per batch and head on `stream`; `pointers` are device addresses, the op's inputs, then its output.
+    def launch(self, stream: int, blocks: int, pointers: Sequence[int], integers: Sequence[int]) -> None:
+        """Queues `blocks` blocks on `stream`, with device addresses and then int32 as the kernel's parameters.
 
+        For a TTT scan: one block per batch and head; the operator's inputs and its output; heads and mini-batches.
         Raises EngineError naming the parameter that is missing or not aligned, or the driver's error.
         """
-        integers = (num_heads, num_mini_batches)
         scratch = (0, 0)  # Triton's own, which these kernels do not use
         names = self.cubin.parameters
         if len(pointers) + len(integers) + len(scratch) != len(names):
@@ -50,7 +48,7 @@ class LoadedKernel:
             *(np.array([pointer], np.uint64) for pointer in scratch),
         ]
         addresses = np.array([value.ctypes.data for value in values], np.uint64)
-        grid, block = (batch * num_heads, 1, 1), (self.cubin.num_warps * _WARP, 1, 1)
+        grid, block = (blocks, 1, 1), (self.cubin.num_warps * _WARP, 1, 1)
         _call(
             "cuLaunchKernel", self._function, *grid, *block, self.cubin.shared_memory, stream, addresses.ctypes.data, 0
         )

@@ -164,6 +164,6 @@ def _plugin_class(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
             batch, heads, num_mini_batches, mini_batch_size, head_dim = tuple(inputs_desc[0].dims)
             name = cubin_name(op, kernels.gpu, dtypes[inputs_desc[0].type], mini_batch_size, head_dim)
             kernel = kernels.get(name)
-            kernel.launch(stream, [*inputs, *outputs], batch=batch, num_heads=heads, num_mini_batches=num_mini_batches)
+            kernel.launch(stream, batch * heads, [*inputs, *outputs], (heads, num_mini_batches))
 
     return Plugin

@@ -4,6 +4,7 @@ The oracle is run as it is, once with every product's factors rounded to what th
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,14 +15,26 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ttt_video_engine.engines.kernels.compile import PRECISIONS
+from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
-from ttt_video_engine.runtime.config import DType, TTTKind
+from ttt_video_engine.runtime.config import DiffusionConfig, DType, TTTKind
+from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.sampler import Array, sample
+from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 
 HEADS, HEAD_DIM, TOKENS = 48, 64, 18048
 """Of the 5B model and 3 seconds."""
 
+STEPS = 50
+
+STDS = (0.1, 0.02)
+"""Of the initial inner weights. The public code starts training from 0.02, where the first mini-batches' LayerNorm
+divides by almost nothing."""
+
 _DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PRODUCTS = {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul}
+_PRODUCTS = ("matmul", "__matmul__")
 
 
 class RoundedProducts(TorchFunctionMode):
@@ -33,7 +46,7 @@ class RoundedProducts(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None
     ) -> Any:
-        if function in _PRODUCTS:
+        if function.__name__ in _PRODUCTS:
             arguments = tuple(self._rounded(argument) for argument in arguments)
         return function(*arguments, **(keywords or {}))
 
@@ -45,13 +58,12 @@ def to_tf32(x: Tensor) -> Tensor:
 
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tf32x3": lambda x: x,  # three products of tf32 are a float32 one to the last bits
     "tf32": to_tf32,
     "bf16": lambda x: x.bfloat16().float(),
 }
 
 
-def full_width_inputs(op: TTTKind, mini_batch_size: int) -> dict[str, Tensor]:
+def full_width_inputs(op: TTTKind, mini_batch_size: int, weight_std: float) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -61,7 +73,10 @@ def full_width_inputs(op: TTTKind, mini_batch_size: int) -> dict[str, Tensor]:
     hidden = {"linear": (HEAD_DIM,), "mlp": (4 * HEAD_DIM, HEAD_DIM)}[op]
     weights, width = {}, HEAD_DIM
     for layer, out in enumerate(hidden, start=1):
-        weights |= {f"W{layer}": normal(HEADS, width, out, std=0.02), f"b{layer}": normal(HEADS, 1, out, std=0.02)}
+        weights |= {
+            f"W{layer}": normal(HEADS, width, out, std=weight_std),
+            f"b{layer}": normal(HEADS, 1, out, std=weight_std),
+        }
         width = out
     base_lr = {"linear": 1.0, "mlp": 0.1}[op]
     return {
@@ -77,22 +92,70 @@ def full_width_inputs(op: TTTKind, mini_batch_size: int) -> dict[str, Tensor]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
+    print(scans(), transformers(), sep="\n\n")
+
+
+def scans() -> str:
     rows = []
-    for op, scan, mini_batch_size in (("linear", ttt_linear, 16), ("mlp", ttt_mlp, 64)):
-        inputs = full_width_inputs(op, mini_batch_size)
-        exact = scan(*inputs.values())
-        for dtype, precision in PRECISIONS[op].items():
-            stored = {name: value.to(_DTYPES[dtype]).float() for name, value in inputs.items()}
-            stored["eta"] = inputs["eta"]
-            alone = error(scan(*stored.values()), exact)
-            with RoundedProducts(ROUNDINGS[precision]):
-                products = scan(*stored.values()).to(_DTYPES[dtype]).float()
-            cells = [f"TTT-{op}, C = {mini_batch_size}", dtype, precision, alone, error(products, exact)]
-            rows.append(so_far(cells))
-    print(table(["scan", "tensors", "products", "rounded inputs alone: max / mean", "all: max / mean"], rows))
+    for weight_std in STDS:
+        for op, scan, mini_batch_size in (("linear", ttt_linear, 16), ("mlp", ttt_mlp, 64)):
+            inputs = full_width_inputs(op, mini_batch_size, weight_std)
+            exact = scan(*inputs.values())
+            for dtype, precision in PRECISIONS[op].items():
+                if precision not in ROUNDINGS:
+                    continue  # three products of TF32 are one of float32 to the last bits
+                stored = {name: value.to(_DTYPES[dtype]).float() for name, value in inputs.items()}
+                stored["eta"] = inputs["eta"]
+                of_stored = scan(*stored.values())
+                with RoundedProducts(ROUNDINGS[precision]):
+                    on_chip = scan(*stored.values()).to(_DTYPES[dtype]).float()
+                name = [f"TTT-{op}, C = {mini_batch_size}", f"{weight_std:g}", dtype, precision]
+                rows.append(so_far([*name, error(of_stored, exact), error(on_chip, of_stored)]))
+    return table(
+        ["scan", "weights' std", "tensors", "products", "tensors rounded", "products and output rounded"], rows
+    )
+
+
+def transformers() -> str:
+    """Whole transformers in half precision against float32: one step, and the latents that 50 steps end in."""
+    rows = []
+    for ttt in ("linear", "mlp"):
+        model = preset("tiny", ttt)
+        exact = SeededSource(model, seed=0).transformer()
+        inputs = [spec.example for spec in transformer_graph(exact, model, "9s").inputs]
+        expected = velocity_and_latents(exact, torch.float32, model.diffusion, *inputs)
+        for dtype in (torch.float16, torch.bfloat16):
+            found = velocity_and_latents(copy.deepcopy(exact).to(dtype), dtype, model.diffusion, *inputs)
+            errors = [f"{(a - b).norm() / b.norm():.1e}" for a, b in zip(found, expected, strict=True)]
+            rows.append(so_far([f"tiny {ttt} 9s", str(dtype).removeprefix("torch."), *errors]))
+    return table(["transformer", "precision", "velocity", f"latents after {STEPS} steps"], rows)
+
+
+@torch.no_grad()
+def velocity_and_latents(
+    module: DiffusionTransformer,
+    dtype: torch.dtype,
+    diffusion: DiffusionConfig,
+    latents: Tensor,
+    text: Tensor,
+    timestep: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Of both branches of guidance at once; latents from the first of `latents` as noise, by DDIM at scale 6."""
+
+    def velocities(x: Array, t: int) -> tuple[Array, Array]:
+        video = torch.from_numpy(x).expand(2, *x.shape[1:]).to(dtype)
+        negative, positive = module(video, text.to(dtype), torch.tensor([t, t])).float().numpy()
+        return negative[None], positive[None]
+
+    schedule = make_schedule(diffusion, STEPS)
+    guidance = guidance_scales("dynamic", 6.0, schedule.timesteps)
+    noise = latents[:1].numpy()
+    *_, last = sample(velocities, noise, schedule, guidance, "ddim", lambda: noise)
+    return module(latents.to(dtype), text.to(dtype), timestep).float(), torch.from_numpy(last.latents)
 
 
 def error(found: Tensor, exact: Tensor) -> str:
+    """Largest error over the largest value, and mean error over the mean value."""
     difference = (found - exact).abs()
     return f"{difference.max() / exact.abs().max():.1e} / {difference.mean() / exact.abs().mean():.1e}"
 

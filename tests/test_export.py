@@ -186,7 +186,7 @@ def test_inspect_says_what_would_be_built_again(run: Run, bundle: Path, part: st
     assert code == 0
     assert out.count("rebuild: no, up to date") == 4 and f"rebuild: {expected}" in out
     code, out, _ = run("inspect", bundle, "--json")
-    assert code == 0 and json.loads(out) == {"manifest": manifest, "rebuild": stale}
+    assert code == 0 and json.loads(out) == {"manifest": manifest, "engines": {}, "rebuild": stale}
 
 
 # What a failure leaves

@@ -1,0 +1,36 @@
+"""What the kernels take of every chip: registers, stack and shared memory at the sizes of the 5B model."""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from measure import so_far, table
+
+from ttt_video_engine.engines.kernels.compile import PRECISIONS, SHARED_MEMORY, NoKernel, compile_kernel
+
+SIZES = {"linear": 16, "mlp": 64}
+HEAD_DIM = 64
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    rows = []
+    with TemporaryDirectory() as folder:
+        for op, mini_batch_size in SIZES.items():
+            for dtype, precision in PRECISIONS[op].items():
+                for gpu in SHARED_MEMORY:
+                    name = [f"TTT-{op}, C = {mini_batch_size}", dtype, precision, gpu]
+                    sizes = {"mini_batch_size": mini_batch_size, "head_dim": HEAD_DIM}
+                    try:
+                        cubin = compile_kernel(op, gpu=gpu, dtype=dtype, folder=Path(folder), **sizes)
+                    except NoKernel as reason:
+                        rows.append(so_far([*name, "–", "–", "–", str(reason)]))
+                        continue
+                    used = [f"{cubin.num_warps * 32}", f"{cubin.registers}", f"{cubin.spills:,}"]
+                    rows.append(so_far([*name, *used, f"{cubin.shared_memory:,}"]))
+    header = ["scan", "tensors", "products", "GPU", "threads", "registers", "stack", "shared memory"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ def export(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights, and of TTT layers a checkpoint lacks.", min=0)] = 0,
     engine: Annotated[EngineName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
     gpu: Annotated[
         list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
@@ -89,7 +89,6 @@ def export(
     from ttt_video_engine.export.source import CheckpointSource, SeededSource
     from ttt_video_engine.runtime.progress import ProgressDisplay
 
-    source = SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint)
     settings = BuildSettings(
         optimization_level=optimization_level,
         workspace=None if workspace is None else workspace << 20,
@@ -97,6 +96,9 @@ def export(
         plugins=plugin,
     )
     with ProgressDisplay(passing=True) as display:
+        source = (
+            SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint, seed, display.line)
+        )
         plans = PlanRequest(tuple(dict.fromkeys(gpu or ())), settings, display.update)
         export_bundle(source, output, length, _DTYPES[dtype], display.line, plans)
     typer.echo(f"bundle: {output}")

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from ttt_video_engine.export.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
 from ttt_video_engine.reference.checkpoint import (
-    find_weights,
+    is_ttt,
     load_strictly,
-    read_state_dict,
     text_encoder_weights,
     transformer_weights,
     vae_weights,
 )
+from ttt_video_engine.reference.hugging_face import is_cogvideox_transformer
 from ttt_video_engine.reference.initialise import seeded
+from ttt_video_engine.reference.stored import StoredState, open_state
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
@@ -70,12 +71,15 @@ class SeededSource:
 class CheckpointSource:
     """A folder laid out as on the Hugging Face hub: transformer/, vae/, text_encoder/ and tokenizer/.
 
-    `transformer` holds a state dict of the public code's names, `vae` the original 3d-vae.pt, `text_encoder` and
-    `tokenizer` those of T5 v1.1.
+    `transformer` holds weights under the public code's names, or those of CogVideoX under Hugging Face's: then TTT
+    layers are fresh, from `seed`, and `report` is told. `vae` is the original 3d-vae.pt or Hugging Face's,
+    `text_encoder` and `tokenizer` are those of T5 v1.1. See `reference/stored.py` for the kinds of files.
     """
 
     model: ModelConfig
     folder: Path
+    seed: int = 0
+    report: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -87,22 +91,27 @@ class CheckpointSource:
         return load_t5_tokenizer(self.folder / "tokenizer", self.model.text_encoder.vocab_size)
 
     def text_encoder(self) -> TextEncoder:
-        config = self.model.text_encoder
-        path = find_weights(self.folder / "text_encoder")
-        weights = text_encoder_weights(read_state_dict(path), vocab_size=config.vocab_size)
+        config, path = self.model.text_encoder, self.folder / "text_encoder"
+        weights = text_encoder_weights(open_state(path), vocab_size=config.vocab_size)
         return _loaded(lambda: TextEncoder(config), weights, path)
 
     def transformer(self) -> DiffusionTransformer:
-        path = find_weights(self.folder / "transformer")
-        weights = transformer_weights(read_state_dict(path))
-        return _loaded(lambda: DiffusionTransformer(self.model.transformer), weights, path)
+        path = self.folder / "transformer"
+        state = open_state(path)
+        weights = transformer_weights(state)
+        if not is_cogvideox_transformer(state):
+            return _loaded(lambda: DiffusionTransformer(self.model.transformer), weights, path)
+        self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
+        module = seeded(lambda: DiffusionTransformer(self.model.transformer), self.seed)
+        load_strictly(module, weights, path, fresh=is_ttt)
+        return module
 
     def vae_decoder(self) -> VaeDecoder:
-        path = find_weights(self.folder / "vae")
-        return _loaded(lambda: VaeDecoder(self.model.vae), vae_weights(read_state_dict(path)), path)
+        config, path = self.model.vae, self.folder / "vae"
+        return _loaded(lambda: VaeDecoder(config), vae_weights(open_state(path), config), path)
 
 
-def _loaded(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M:
+def _loaded(build: Callable[[], M], weights: StoredState, path: Path) -> M:
     module = build().eval().requires_grad_(False)
     load_strictly(module, weights, path)
     return module

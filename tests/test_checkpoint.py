@@ -1,25 +1,33 @@
 """Weights from files: the formats that are read, what is said of those that do not fit, and code that never runs."""
 
+import dataclasses
+import json
 import os
+import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from ttt_video_engine.export.source import CheckpointSource
 from ttt_video_engine.reference.checkpoint import (
-    find_weights,
     load_strictly,
-    read_state_dict,
     text_encoder_weights,
     transformer_weights,
     vae_weights,
 )
 from ttt_video_engine.reference.initialise import seeded
+from ttt_video_engine.reference.rope import rotary_angles
+from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_state
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.errors import CheckpointError
@@ -42,13 +50,26 @@ def transformer_state() -> State:
     return seeded(lambda: DiffusionTransformer(tiny("mlp").transformer), 5).state_dict()
 
 
+def stored(state: State) -> StoredState:
+    """As if it lay in a file."""
+    return {name: StoredTensor(tuple(value.shape), value.dtype, value.clone) for name, value in state.items()}
+
+
+def read(state: StoredState) -> State:
+    """All of it; what is described must be what is read."""
+    tensors = {name: value.read() for name, value in state.items()}
+    for name, value in state.items():
+        assert (value.shape, value.dtype) == (tuple(tensors[name].shape), tensors[name].dtype)
+    return tensors
+
+
 def same(found: State, expected: State) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def message_of(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        read_state_dict(path)
+        open_state(path)
     assert len(str(caught.value).splitlines()) == 1
     assert str(caught.value).startswith(f"{path}: ")
     return str(caught.value)
@@ -60,27 +81,27 @@ def test_a_transformer_from_pt(tmp_path: Path, wrapper: str | None, prefix: str)
     state = transformer_state()
     content: dict[str, object] = {prefix + name: value for name, value in state.items()}
     torch.save({wrapper: content, "step": 3} if wrapper else content, tmp_path / "model.pt")
-    assert same(transformer_weights(read_state_dict(tmp_path / "model.pt")), state)
+    assert same(read(transformer_weights(open_state(tmp_path / "model.pt"))), state)
 
 
 def test_a_transformer_from_pt_of_before_zip_archives(tmp_path: Path) -> None:
     state = transformer_state()
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    assert same(read_state_dict(tmp_path / "model.pt"), state)
+    assert same(read(open_state(tmp_path / "model.pt")), state)
 
 
 def test_a_transformer_from_safetensors(tmp_path: Path) -> None:
     state = transformer_state()
     save_file({f"dit.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
     loaded = DiffusionTransformer(tiny("mlp").transformer)
-    load_strictly(loaded, transformer_weights(read_state_dict(tmp_path / "model.safetensors")), tmp_path)
+    load_strictly(loaded, transformer_weights(open_state(tmp_path / "model.safetensors")), tmp_path)
     assert same(loaded.state_dict(), state)
 
 
 def test_weights_stored_in_bfloat16_are_loaded_as_float32(tmp_path: Path) -> None:
     state = {name: value.bfloat16() for name, value in transformer_state().items()}
     loaded = DiffusionTransformer(tiny("mlp").transformer)
-    load_strictly(loaded, state, tmp_path)
+    load_strictly(loaded, stored(state), tmp_path)
     assert same(loaded.state_dict(), {name: value.float() for name, value in state.items()})
 
 
@@ -90,7 +111,7 @@ def test_the_vae_file_holds_more_than_the_decoder(tmp_path: Path) -> None:
     others = {"encoder.conv_in.conv.weight": torch.ones(2), "loss.logvar": torch.ones(1)}
     content = {"state_dict": others | {f"decoder.{name}": value for name, value in state.items()}, "epoch": 1}
     torch.save(content, tmp_path / "vae/3d-vae.pt")
-    assert same(vae_weights(read_state_dict(tmp_path / "vae/3d-vae.pt")), state)
+    assert same(read(vae_weights(open_state(tmp_path / "vae/3d-vae.pt"), tiny("linear").vae)), state)
     assert same(CheckpointSource(tiny("linear"), tmp_path).vae_decoder().state_dict(), state)
 
 
@@ -137,7 +158,7 @@ def test_names_that_do_not_fit_are_listed() -> None:
     state["final_layer.gain"] = torch.ones(1)
     state["layers.0.seq_modeling_block.q.weight"] = torch.ones(3, 4)
     with pytest.raises(CheckpointError) as caught:
-        load_strictly(module, state, Path("model.pt"))
+        load_strictly(module, stored(state), Path("model.pt"))
     assert str(caught.value) == (
         "model.pt: does not fit the model: 1 missing: time_embed.0.bias; 1 unexpected: final_layer.gain; "
         "1 misshapen: layers.0.seq_modeling_block.q.weight [3, 4] (must be [64, 64]); "
@@ -189,14 +210,201 @@ def test_a_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
     message_of(tmp_path / "zip.pt")
 
 
-def test_a_folder_must_hold_one_file_of_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"must hold one .* file; found none"):
-        find_weights(tmp_path / "absent")
+def test_a_folder_must_hold_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    with pytest.raises(CheckpointError, match=r"must hold one .* file; found none"):
-        find_weights(tmp_path)
-    (tmp_path / "a.pt").touch()
-    assert find_weights(tmp_path) == tmp_path / "a.pt"
-    (tmp_path / "b.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"found a\.pt, b\.safetensors"):
-        find_weights(tmp_path)
+    assert message_of(tmp_path).endswith("; has none")
+    save_file({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert same(read(open_state(tmp_path)), {"weight": torch.ones(2)})
+    torch.save({}, tmp_path / "b.pt")
+    assert message_of(tmp_path).endswith("; has a.safetensors, b.pt")
+    with pytest.raises(CheckpointError, match=r"absent: cannot be read"):
+        open_state(tmp_path / "absent")
+
+
+# Shards
+
+
+def in_shards(state: State, folder: Path) -> None:
+    """As transformers and diffusers write them."""
+    plan = split_torch_state_dict_into_shards(
+        state, max_shard_size="200KB", filename_pattern="model{suffix}.safetensors"
+    )
+    assert len(plan.filename_to_tensors) > 2
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, folder / file)
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_transformer_in_shards(tmp_path: Path) -> None:
+    state = transformer_state()
+    in_shards({f"dit.{name}": value for name, value in state.items()}, tmp_path)
+    assert same(read(transformer_weights(open_state(tmp_path))), state)
+
+
+def test_shards_that_are_not_whole(tmp_path: Path) -> None:
+    in_shards(transformer_state(), tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_bytes())
+    name, shard = next(iter(whole["weight_map"].items()))
+
+    def message() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            open_state(tmp_path)
+        return str(caught.value)
+
+    index.write_text(json.dumps({"weight_map": {**whole["weight_map"], "surprise": shard}}))
+    assert message() == f"{tmp_path / shard}: has no surprise, {index.name} says it does; fetch the file again"
+    index.write_text(json.dumps({"weight_map": {name: "../" + shard}}))
+    assert message() == f"{index}: '../{shard}' leads out of the folder; fetch the file again"
+    index.write_text(json.dumps({"weight_map": [name]}))
+    assert message() == f"{index}: has no weight_map of names to files; fetch the file again"
+    index.write_text(json.dumps(whole)[:-9])
+    assert message().startswith(f"{index}: cannot be read (")
+    index.write_text(json.dumps(whole))
+    content = (tmp_path / shard).read_bytes()
+    (tmp_path / shard).write_bytes(content[:-1])
+    assert message().startswith(f"{tmp_path / shard}: cannot be read (")
+    (tmp_path / shard).unlink()
+    assert message() == f"{tmp_path / shard}: is missing, {index.name} names it; fetch the file again"
+
+
+# Torch distributed checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["", "dit."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_distributed_transformer(tmp_path: Path, wrapped: bool, prefix: str) -> None:
+    state = {name: value.bfloat16() for name, value in transformer_state().items()}
+    content: dict[str, object] = {prefix + name: value for name, value in state.items()}
+    save_distributed({"model": content, "step": 3} if wrapped else content, tmp_path)
+    assert same(read(transformer_weights(open_state(tmp_path))), state)
+
+
+def test_a_tensor_in_chunks_of_several_ranks(tmp_path: Path) -> None:
+    """As a sharded training run leaves it: rows of one tensor in the files of two ranks."""
+    save_distributed({"weight": torch.arange(12.0).view(4, 3)}, tmp_path)
+    table = pickle.loads((tmp_path / ".metadata").read_bytes())
+    (index, place), *_ = table.storage_data.items()
+    chunks, places, start = [], {}, 0
+    for rank, rows in enumerate((1, 3)):
+        file = f"__{rank}_0.distcp"
+        torch.save(torch.arange(12.0).view(4, 3)[start : start + rows].clone(), tmp_path / file)
+        chunks.append(ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, 3])))
+        length = (tmp_path / file).stat().st_size
+        at = dataclasses.replace(index, offset=torch.Size([start, 0]), index=rank)
+        places[at] = dataclasses.replace(place, relative_path=file, offset=0, length=length)
+        start += rows
+    table.state_dict_metadata["weight"].chunks = chunks
+    table.storage_data = places
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(table))
+    assert same(read(open_state(tmp_path)), {"weight": torch.arange(12.0).view(4, 3)})
+    del places[at]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(CheckpointError, match="has 3 of the 12 values of a tensor"):
+        open_state(tmp_path)["weight"].read()
+
+
+def test_a_distributed_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
+    save_distributed({"weight": torch.ones(1000)}, tmp_path)
+    file, table = tmp_path / "__0_0.distcp", tmp_path / ".metadata"
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
+    assert message_of_folder(tmp_path) == f"{file}: is cut off at 1,000 bytes; fetch the file again"
+    file.unlink()
+    assert message_of_folder(tmp_path) == f"{file}: is missing, .metadata names it; fetch the file again"
+    table.write_bytes(table.read_bytes()[:100])
+    assert message_of_folder(tmp_path).startswith(f"{table}: ")
+
+
+def test_code_in_the_table_of_a_distributed_checkpoint_does_not_run(tmp_path: Path) -> None:
+    save_distributed({"weight": torch.ones(2)}, tmp_path)
+    table, marker = tmp_path / ".metadata", tmp_path / "ran"
+    metadata = pickle.loads(table.read_bytes())
+    metadata.planner_data = Evil(marker)
+    table.write_bytes(pickle.dumps(metadata))
+    assert message_of_folder(tmp_path) == f"{table}: is not the table of a checkpoint (it names posix.system)"
+    assert not marker.exists()
+    pickle.loads(table.read_bytes())
+    assert marker.exists(), "the table must be one that would have run its code"
+
+
+def save_distributed(content: dict[str, object], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is only one process
+        distributed.save(content, checkpoint_id=folder, no_dist=True)
+
+
+def message_of_folder(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_state(folder)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_numbers_that_are_no_weights_are_refused() -> None:
+    module = torch.nn.Linear(2, 2)
+    state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r"1 of a wrong dtype: weight torch\.int8"):
+        load_strictly(module, stored(state), Path("model.pt"))
+
+
+# Hugging Face's CogVideoX
+
+
+def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
+    """With its gates shut, a TTT-Video of one scene is the CogVideoX that it was made from."""
+    config = tiny("linear").transformer
+    torch.manual_seed(0)
+    peer = CogVideoXTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=config.time_embed_dim,
+        text_embed_dim=config.text_dim,
+        num_layers=config.num_layers,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=49,
+        max_text_seq_length=136,
+        use_rotary_positional_embeddings=True,
+        norm_eps=config.layer_norm_eps,
+    ).eval()
+    peer.save_pretrained(tmp_path / "transformer")
+    lines: list[str] = []
+    transformer = CheckpointSource(tiny("linear"), tmp_path, seed=3, report=lines.append).transformer()
+    assert lines == [f"{tmp_path / 'transformer'}: has no TTT layers; they are made fresh, untrained, from seed 3"]
+    for name, value in transformer.state_dict().items():
+        if name.endswith("gating_alpha"):
+            assert (value == 0.1).all()
+            value.zero_()
+    video, text = torch.randn(2, 13, 16, 8, 12), torch.randn(2, 1, 136, config.text_dim)
+    timestep = torch.tensor([979, 499])
+    angles = rotary_angles(13, 4, 6, config.head_dim, config.rope_theta).repeat_interleave(2, dim=-1)
+    with torch.no_grad():
+        found = transformer(video, text, timestep)
+        rotary = (angles.cos(), angles.sin())
+        expected = peer(video, text[:, 0], timestep, image_rotary_emb=rotary).sample
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_cogvideox_vae_of_diffusers(tmp_path: Path) -> None:
+    config = tiny("linear").vae
+    torch.manual_seed(0)
+    peer = AutoencoderKLCogVideoX(
+        block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        latent_channels=16,
+        layers_per_block=config.num_res_blocks,
+        sample_height=64,
+        sample_width=96,
+    ).eval()
+    peer.save_pretrained(tmp_path / "vae")
+    decoder = CheckpointSource(tiny("linear"), tmp_path).vae_decoder()
+    latents = torch.randn(1, 16, 5, 8, 12)
+    with torch.no_grad():
+        found = torch.cat(list(decoder.decode(latents * config.scale_factor)), dim=2)
+        expected = peer.decode(latents).sample
+    assert (found - expected).abs().max() < 1e-4

@@ -137,10 +137,11 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Render the videos of a storyboard file."""
-    from ttt_video_engine.runtime.bundle import open_bundle
+    from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
     from ttt_video_engine.runtime.pipeline import graphs_of, plan_jobs, render
     from ttt_video_engine.runtime.progress import ProgressDisplay
     from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
+    from ttt_video_engine.runtime.text_cache import TextCache, default_folder
 
     if engine == "tensorrt" and provider is not None:
         raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
@@ -169,8 +170,9 @@ def sample(
     for job in jobs:
         for truncation in job.prompts.truncations:
             typer.echo(f"warning: {job.storyboard.source}: {truncation.message}", err=True)
+    cache = TextCache(default_folder(), f"{opened.component_digest(TEXT_ENCODER)} {engine} {provider}")
     with ProgressDisplay() as display:
-        for video in render(opened, loader, jobs, settings, display.update):
+        for video in render(opened, loader, jobs, settings, cache, display.update):
             typer.echo(f"video: {video}")
 
 

@@ -129,12 +129,30 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
+        _DeduplicateConstants(weights),
         passes.CommonSubexpressionEliminationPass(),
         passes.OutputFixPass(),
         passes.NameFixPass(),
     ):
         clean_up(model)
+
+
+class _DeduplicateConstants(passes.DeduplicateInitializersPass):
+    """Merges equal constants, but no weights: those that happen to be equal in one checkpoint are not in the next."""
+
+    def __init__(self, weights: set[str]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        values = {name: value for name, value in model.graph.initializers.items() if name in self._weights}
+        tensors = {name: value.const_value for name, value in values.items()}
+        for value in values.values():
+            value.const_value = None  # the pass leaves alone what it does not know
+        result = super().call(model)
+        for name, value in values.items():
+            value.const_value = tensors[name]
+        return result
 
 
 def _name_scans(model: ir.Model) -> None:

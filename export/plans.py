@@ -22,7 +22,7 @@ from ttt_video_engine.engines.tensorrt.plan import (
 from ttt_video_engine.export.keys import Key, differences, package_version, source_digest
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, FileEntry, Manifest
 from ttt_video_engine.runtime.bundle import transformer_graph as graph_name
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig
+from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.files import link_or_copy
 
@@ -95,10 +95,9 @@ def profiles(
 ) -> tuple[Profile, ...]:
     """One profile with the shapes that the pipeline feeds a graph; none where no axis is free."""
     text_lengths = [model.text_lengths[length] for length in lengths]
-    scenes = [SCENES_PER_LENGTH[length] for length in lengths]
     ranges = {"batch": GUIDANCE_BRANCHES}
     if name == TEXT_ENCODER:
-        ranges = {"batch": (min(scenes), max(scenes)), "tokens": (min(text_lengths), max(text_lengths))}
+        ranges = {"batch": (1, 1), "tokens": (min(text_lengths), max(text_lengths))}
     shapes: Profile = {}
     for spec in inputs:
         if any(isinstance(axis, str) for axis in spec.shape):

@@ -1,4 +1,4 @@
-"""Random weights from a seed: for presets, which have no trained ones."""
+"""Modules without trained weights: with random ones from a seed, or with none at all."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -27,3 +27,17 @@ def seeded(build: Callable[[], M], seed: int) -> M:
                 for weight in (*layer.inner_weights()[::2], layer.learnable_ttt_lr_weight):
                     nn.init.normal_(weight, std=INNER_WEIGHT_STD)
     return module.eval().requires_grad_(False)
+
+
+def hollow(build: Callable[[], M]) -> M:
+    """The module that `build` makes, its weights of the right shapes and dtypes but of one value that takes no memory.
+
+    For tracing a model of any size. It cannot be loaded into.
+    """
+    with torch.device("meta"):
+        module = build()
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            one = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            setattr(part, name, nn.Parameter(one, requires_grad=False))
+    return module.eval()

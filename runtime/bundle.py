@@ -93,6 +93,11 @@ class Bundle:
         except KeyError:
             raise BundleError(f"{self.root}: has no graph {name}; it has {', '.join(self.manifest.graphs)}") from None
 
+    def component_digest(self, name: str) -> str:
+        """Digest of a graph and its weights. Raises BundleError where the bundle has no such graph."""
+        graph = self.graph(name)
+        return f"{self.manifest.files[graph.file].sha256} {self.manifest.files[graph.weights].sha256}"
+
     def path(self, name: str) -> Path:
         """A file of the bundle by its name in the manifest."""
         return self.root / name

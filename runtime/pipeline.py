@@ -6,6 +6,7 @@ the bundle and the settings alone.
 
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +27,14 @@ from ttt_video_engine.runtime.bundle import (
     latent_shape,
     transformer_graph,
 )
-from ttt_video_engine.runtime.engine import EngineLoader
+from ttt_video_engine.runtime.engine import Engine, EngineLoader
 from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import atomic_write, check_folder, sha256_of
 from ttt_video_engine.runtime.sampler import Step, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import Storyboard, length_of
+from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.tokenizer import EncodedPrompts, SceneTokenizer
 from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
 
@@ -88,25 +90,42 @@ def graphs_of(jobs: list[Job]) -> list[str]:
 
 
 def render(
-    bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, progress: Progress
+    bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, cache: TextCache, progress: Progress
 ) -> Iterator[Path]:
     """Renders every job and yields the path of each mp4 as it is complete."""
     bundle_digest = bundle.sha256
-    texts = encode_prompts(load, jobs, progress)
+    texts = encode_prompts(load, jobs, cache, progress)
     for job, (text, text_seconds) in zip(jobs, texts, strict=True):
         yield _render_one(bundle, bundle_digest, load, job, text, text_seconds, settings, progress)
 
 
-def encode_prompts(load: EngineLoader, jobs: list[Job], progress: Progress) -> list[tuple[Floats, float]]:
-    """Embeddings [2, S, N, text_dim] of each job, negative prompts first, and the seconds they took."""
+def encode_prompts(
+    load: EngineLoader, jobs: list[Job], cache: TextCache, progress: Progress
+) -> list[tuple[Floats, float]]:
+    """Embeddings [2, S, N, text_dim] of each job, negative prompts first, and the seconds they took.
+
+    The encoder is loaded only where the cache lacks a scene. It takes one scene at a time, so that what a scene comes
+    to does not depend on those it was encoded with.
+    """
     texts = []
     progress("text", 0, len(jobs))
-    with load(TEXT_ENCODER) as engine:
+    with ExitStack() as stack:
+        engine: Engine | None = None
+
+        def encode(ids: NDArray[np.int64]) -> Floats:
+            nonlocal engine
+            embedding = cache.get(ids)
+            if embedding is None:
+                engine = engine or stack.enter_context(load(TEXT_ENCODER))
+                (embedding,) = np.asarray(engine.run({"ids": ids[None]})["embeddings"], dtype=np.float32)
+                cache.put(ids, embedding)
+            return embedding
+
         for done, job in enumerate(jobs, start=1):
             start = perf_counter()
-            ids = (job.prompts.negative, job.prompts.positive)
-            branches = [np.asarray(engine.run({"ids": branch})["embeddings"]) for branch in ids]
-            texts.append((np.stack(branches).astype(np.float32), perf_counter() - start))
+            branches = (job.prompts.negative, job.prompts.positive)
+            text = np.stack([np.stack([encode(ids) for ids in branch]) for branch in branches])
+            texts.append((text, perf_counter() - start))
             progress("text", done, len(jobs))
     return texts
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from ttt_video_engine.export.source import CheckpointSource
+from ttt_video_engine.export.weights import weight_file
 from ttt_video_engine.reference.checkpoint import (
     load_strictly,
     text_encoder_weights,
@@ -31,6 +33,7 @@ from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_st
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.errors import CheckpointError
+from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.presets import tiny
 
 State = dict[str, Tensor]
@@ -408,3 +411,22 @@ def test_a_cogvideox_vae_of_diffusers(tmp_path: Path) -> None:
         found = torch.cat(list(decoder.decode(latents * config.scale_factor)), dim=2)
         expected = peer.decode(latents).sample
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_every_format_makes_the_same_weights(tmp_path: Path) -> None:
+    """Down to the bytes of the file that a bundle has."""
+    state = {f"dit.{name}": value for name, value in transformer_state().items()}
+    formats: dict[str, Callable[[Path], object]] = {
+        "pt": lambda folder: torch.save({"model": state}, folder / "model.pt"),
+        "safetensors": lambda folder: save_file(state, folder / "model.safetensors"),
+        "shards": lambda folder: in_shards(state, folder),
+        "distributed": lambda folder: save_distributed({"model": state}, folder),
+    }
+    digests = set()
+    for name, write in formats.items():
+        folder = tmp_path / name / "transformer"
+        folder.mkdir(parents=True)
+        write(folder)
+        transformer = CheckpointSource(tiny("mlp"), tmp_path / name).transformer()
+        digests.add(sha256_of(weight_file(transformer.state_dict(), tmp_path / f"{name}.data", write=True).path))
+    assert len(digests) == 1

@@ -18,10 +18,13 @@ from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.export import parity
 from ttt_video_engine.export.build import export_bundle
 from ttt_video_engine.export.components import TransformerGraph, text_encoder_graph, transformer_graph, vae_graphs
+from ttt_video_engine.export.graph import trace
 from ttt_video_engine.export.keys import stale_graphs
 from ttt_video_engine.export.source import CheckpointSource, SeededSource
 from ttt_video_engine.export.weights import weight_file, weights_digest
+from ttt_video_engine.reference.initialise import hollow
 from ttt_video_engine.reference.text_encoder import TextEncoder
+from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, TOKENIZER, Bundle, open_bundle
 from ttt_video_engine.runtime.errors import CheckFailed, OutputError
 from ttt_video_engine.runtime.files import sha256_of
@@ -298,3 +301,19 @@ def check_float16(opened: Bundle) -> None:
     weights = [t for t in model.graph.initializer if t.name.startswith("transformer.")]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
     assert sum(node.op_type == "TTTMLP" for node in model.graph.node) == 4
+
+
+def test_a_hollow_model_traces_to_the_same_graph() -> None:
+    """So a model of any size can be exported without having its weights in memory."""
+    model = tiny("mlp")
+    traced = []
+    for module in (SeededSource(model, seed=0).transformer(), hollow(lambda: DiffusionTransformer(model.transformer))):
+        graph = transformer_graph(module, model, "3s")
+        traced.append(trace(graph.module, graph.inputs, graph.outputs, graph.ttt))
+    real, empty = (
+        [(node.op_type, [value and value.name for value in node.inputs]) for node in model.graph] for model in traced
+    )
+    assert real == empty
+    names = set(graph.module.state_dict())
+    assert names <= set(traced[0].graph.initializers), "every weight has its name in the graph"
+    assert all(traced[1].graph.initializers[name].const_value is not None for name in names)

@@ -19,6 +19,7 @@ from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, plan_jobs
 from ttt_video_engine.runtime.storyboard import load_storyboards
+from ttt_video_engine.runtime.text_cache import TextCache
 
 ROOT = Path(__file__).parents[1]
 BEAR, MOUSE = ([{"text": text, "neg_text": "Dark."}] for text in ("A bear bakes bread.", "A mouse in a red scarf."))
@@ -102,11 +103,12 @@ def latents(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     boards = load_storyboards(storyboard(tmp_path_factory.mktemp("latents") / "bear.json", BEAR))
     bundle = open_bundle(shared_bundle)
     load = OnnxRuntimeLoader(bundle)
+    cache = TextCache(tmp_path_factory.mktemp("text"), "")
 
     def run(**options: object) -> NDArray[np.float32]:
         settings = Settings(**{"num_steps": 2, **options})  # type: ignore[arg-type]
         jobs = plan_jobs(bundle, boards, settings, Path("nowhere"), overwrite=False)
-        ((text, _),) = encode_prompts(load, jobs, lambda stage, done, total: None)
+        ((text, _),) = encode_prompts(load, jobs, cache, lambda stage, done, total: None)
         *_, last = denoise(bundle, load, "3s", text, settings)
         assert last.latents.shape == (1, 13, 16, 8, 12) and np.isfinite(last.latents).all()
         return last.latents.copy()

@@ -154,7 +154,7 @@ def sample(
     settings = opened.manifest.defaults
     low_memory = low_memory or settings.low_memory
     loader = _loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
-    opened.verify()
+    opened.check()
     asked = {
         "num_steps": num_steps,
         "guidance_scale": guidance_scale,

@@ -7,14 +7,16 @@ from pathlib import Path
 from time import perf_counter
 
 import onnx
+import torch
 from measure import forget_peak, peak_memory, so_far, table
 
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.components import transformer_graph
 from ttt_video_engine.export.ttt_op import DOMAIN
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.weights import lay_out
 from ttt_video_engine.reference.initialise import hollow
+from ttt_video_engine.reference.stored import held
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, TTTKind
 from ttt_video_engine.runtime.presets import preset
@@ -43,10 +45,8 @@ def row(ttt: TTTKind, length: str) -> list[str]:
     graph = transformer_graph(hollow(lambda: DiffusionTransformer(model.transformer)), model, length)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        weights = weight_file(graph.module.state_dict(), path.with_name(WEIGHTS_FILE), write=False)
-        onnx_graph.save(
-            onnx_graph.trace(graph.module, graph.inputs, graph.outputs, ttt), path, weights, ttt
-        )  # with onnx's checker
+        weights = lay_out(held(graph.module.state_dict()), path.with_name(WEIGHTS_FILE), torch.float32)
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, ttt)  # with onnx's checker
         seconds, size = perf_counter() - start, path.stat().st_size
         proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
     shapes = {value.name: shape(value) for value in (*proto.graph.value_info, *proto.graph.input)}

@@ -20,7 +20,7 @@ from ttt_video_engine.engines.tensorrt.plan import BuildSettings, Profile, Shape
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.presets import preset
@@ -59,17 +59,16 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         transformer = DiffusionTransformer(model.transformer).eval()
         torch.set_default_dtype(torch.float32)
         graph = transformer_graph(transformer, model, LENGTH)
-        weights = weight_file(graph.module.state_dict(), folder / WEIGHTS_FILE, write=True)
+        weights = write_module(graph.module, folder / WEIGHTS_FILE)
         result.append(f"{weights.path.stat().st_size:,} bytes")
 
     result = []
     with stage("trace", result):
         path = folder / "model.onnx"
-        traced = onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt)
-        onnx_graph.save(traced, path, weights, graph.ttt)
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
         result.append(f"{path.stat().st_size:,} bytes")
         name, weight_bytes = graph.name, weights.path.stat().st_size
-        del traced, transformer, graph
+        del transformer, graph
     inputs, outputs = onnx_graph.read_signature(path)
     shapes: Profile = {}
     for spec in inputs:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ttt_video_engine.engines.kernels.compile import PRECISIONS
 from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.parity import random_cases
 from ttt_video_engine.export.source import SeededSource
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
@@ -121,8 +122,8 @@ def transformers() -> str:
     rows = []
     for ttt in ("linear", "mlp"):
         model = preset("tiny", ttt)
-        exact = SeededSource(model, seed=0).transformer()
-        inputs = [spec.example for spec in transformer_graph(exact, model, "9s").inputs]
+        exact = SeededSource(model, seed=0).transformer().load()
+        inputs = random_cases(transformer_graph(exact, model, "9s"))["random, batch 2"]
         expected = velocity_and_latents(exact, torch.float32, model.diffusion, *inputs)
         for dtype in (torch.float16, torch.bfloat16):
             found = velocity_and_latents(copy.deepcopy(exact).to(dtype), dtype, model.diffusion, *inputs)

@@ -15,8 +15,9 @@ from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.parity import random_cases
 from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, TTTKind
 from ttt_video_engine.runtime.presets import preset
 
@@ -44,15 +45,14 @@ def exported(name: str, ttt: TTTKind, length: str) -> Iterator[Case]:
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     model = preset(name, ttt)
-    graph = transformer_graph(SeededSource(model, seed=0).transformer(), model, length)
-    examples = {spec.name: spec.example for spec in graph.inputs}
+    graph = transformer_graph(SeededSource(model, seed=0).transformer().load(), model, length)
+    cases = random_cases(graph)["random, batch 2"]
+    examples = {spec.name: case for spec, case in zip(graph.inputs, cases, strict=True)}
     arrays = {key: example.numpy() for key, example in examples.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        weights = weight_file(graph.module.state_dict(), path.with_name(WEIGHTS_FILE), write=True)
-        onnx_graph.save(
-            onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt), path, weights, graph.ttt
-        )
+        weights = write_module(graph.module, path.with_name(WEIGHTS_FILE))
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
         inputs, outputs = onnx_graph.read_signature(path)
         with OnnxRuntimeEngine(path, inputs, outputs, num_threads=threads) as engine:
 

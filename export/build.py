@@ -1,30 +1,30 @@
 """Builds a bundle: each component in turn, exported, gated, and only what changed.
 
-The new bundle grows beside the old one and takes its place whole at the end, so that a failure or a kill at any point
-leaves the old one as it was.
+No component is ever in memory: graphs are traced from modules without weights, weights go from the checkpoint to the
+bundle a tensor at a time. The new bundle grows beside the old one and takes its place whole at the end.
 """
 
-import copy
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttt_video_engine.engines.tensorrt.builder import Progress
 from ttt_video_engine.engines.tensorrt.plan import BuildSettings
-from ttt_video_engine.export import graph as onnx_graph
-from ttt_video_engine.export.components import Graph, text_encoder_graph, transformer_graph, vae_graphs
-from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key
-from ttt_video_engine.export.parity import check_parity, random_case
+from ttt_video_engine.export.components import graphs_of
+from ttt_video_engine.export.graph import OPSET, TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.journal import journal_of
+from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key, weights_key
+from ttt_video_engine.export.parity import Gate
 from ttt_video_engine.export.plans import build_plans, check_gpus
-from ttt_video_engine.export.real_text import real_prompts
-from ttt_video_engine.export.source import ModelSource
-from ttt_video_engine.export.weights import WeightFile, weight_file, weights_digest
+from ttt_video_engine.export.source import Component, ModelSource, components_of
+from ttt_video_engine.export.stage import Stage, open_stage, retired_folder
+from ttt_video_engine.export.weights import WeightFile, lay_out, write_weights
+from ttt_video_engine.reference.initialise import described, hollow
+from ttt_video_engine.reference.stored import StoredState
 from ttt_video_engine.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -37,17 +37,13 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType
 from ttt_video_engine.runtime.errors import BundleError, OutputError
-from ttt_video_engine.runtime.files import link_or_copy, sha256_of, writing
+from ttt_video_engine.runtime.files import check_space, sha256_of, writing
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 WEIGHTS_FILE = "model.onnx_data"
+GRAPH_BYTES = 8 << 20
+"""At most, for a graph without its weights: the largest of the 5B model has 3.1 MB."""
 
 Report = Callable[[str], None]
-Cases = dict[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,8 @@ def export_bundle(
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
     Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
-    came out. Raises CheckFailed where a component is over tolerance; `output` is then as it was before.
+    came out. Raises CheckFailed where a component is over tolerance. However it ends before the end, `output` is then
+    as it was, and what was finished waits beside it for the next export.
     """
     plans = plans or PlanRequest()
     check_gpus(plans.gpus)
@@ -80,149 +77,148 @@ def export_bundle(
     lengths = sorted(set(lengths), key=lambda length: SCENES_PER_LENGTH.get(length, 0))
     for length in lengths:
         source.model.clip_size(length)
-    with writing(output), _staging(output) as stage:
-        build = _Build(source, dtype, stage, previous, report)
-        build.everything(lengths)
-        build.plans(lengths, plans)
+    components = components_of(source)
+    with writing(output), _staging(output, previous, report) as stage:
+        build = _Build(source, components, dtype, lengths, stage, report)
+        build.check_space(output, plans.gpus)
+        build.tokenizer()
+        for name in components:
+            build.component(name)
+        build.plans(plans)
         if previous is not None and not build.changed and list(previous.manifest.lengths) == lengths:
             report("nothing has changed")
+            stage.discard()
             return previous
-        (stage / MANIFEST).write_bytes(encode_manifest(build.manifest(lengths)))
-        _swap(stage, output)
+        stage.complete(encode_manifest(build.manifest()), output)
     return open_bundle(output)
 
 
 @dataclass
 class _Build:
-    """A bundle in the making, in the folder `stage`."""
+    """A bundle in the making."""
 
     source: ModelSource
+    components: Mapping[str, Component[nn.Module]]
     dtype: DType
-    stage: Path
-    previous: Bundle | None
+    lengths: Sequence[str]
+    stage: Stage
     report: Report
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
 
-    def everything(self, lengths: Sequence[str]) -> None:
-        model = self.source.model
-        self._tokenizer()
+    def __post_init__(self) -> None:
+        self._gate = Gate(self.source.model, self.components, self.dtype, self.stage.root / TOKENIZER)
 
-        encoder = self.source.text_encoder()
-        graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
-        prompts = {length: real_prompts(self.stage / TOKENIZER, model, length) for length in lengths}
-        self._component([(graph, "any", {"real text": [prompts[lengths[0]].flatten(0, 1)]})])
-        with torch.no_grad():
-            embeddings = {
-                length: encoder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]) for length, ids in prompts.items()
-            }
-        del encoder, graph
+    def check_space(self, output: Path, gpus: Sequence[str]) -> None:
+        """Raises OutputError unless the disk has room for all that may have to be written."""
+        needs = {}
+        for name in self.components:
+            file, _ = self._layout(name)
+            is_there = self.stage.weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)) is not None
+            begun = file.path.stat().st_size if journal_of(file.path).exists() else 0
+            graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
+            # A plan holds the weights of its graph.
+            needs[name] = (0 if is_there else file.size - begun) + graphs * (GRAPH_BYTES + len(gpus) * file.size)
+        check_space(output, needs)
 
-        transformer = self.source.transformer()
-        graphs = {length: transformer_graph(transformer, model, length) for length in lengths}
-        self._component([(graph, length, _with_text(graph, embeddings[length])) for length, graph in graphs.items()])
-        del transformer, graphs
+    def tokenizer(self) -> None:
+        path = self.stage.root / TOKENIZER
+        path.parent.mkdir(exist_ok=True)
+        self.source.tokenizer().save(str(path))
+        self.tokenizer_key = {"content": sha256_of(path)}
+        previous = self.stage.previous
+        if previous is None or previous.manifest.tokenizer_key != self.tokenizer_key:
+            self.changed = True
 
-        size = model.clip_size(lengths[0])
-        first, following = vae_graphs(self.source.vae_decoder(), height=size.height, width=size.width)
-        self._component([(first, "any", {}), (following, "any", {})])
+    def component(self, name: str) -> None:
+        """Brings the weights of one component and its graphs into the stage, built or taken over."""
+        file, entry = self._weights(name)
+        module = hollow(self.components[name].build, TORCH_DTYPES[self.dtype])
+        for graph in graphs_of(module, self.source.model, self.lengths):
+            key = graph_key(self.source.model, weights=entry.sha256, dtype=self.dtype, opset=OPSET, length=graph.length)
+            kept = self.stage.graph(graph.name, key)
+            if kept is not None:
+                self.report(f"{graph.name}: unchanged")
+            self.graphs[graph.name] = kept or self.stage.add_graph(graph.name, self._graph(graph, file, key))
+            self.changed = self.changed or not self._is_previous(graph.name)
 
-    def manifest(self, lengths: Sequence[str]) -> Manifest:
-        files = sorted(path for path in self.stage.rglob("*") if path.is_file())
+    def plans(self, request: PlanRequest) -> None:
+        """Brings TensorRT's plans into the stage, built or taken over."""
+        previous = None if self.stage.previous is None else self.stage.previous.root
+        manifest, root = self.manifest(), self.stage.root
+        if build_plans(manifest, root, previous, request.gpus, request.settings, self.report, request.progress):
+            self.changed = True
+
+    def manifest(self) -> Manifest:
+        """What the stage holds; it then holds nothing else."""
         environment = environment_key()
+        weights = {graph.weights for graph in self.graphs.values()}
         return Manifest(
             model=self.source.model,
             dtype=self.dtype,
-            opset=onnx_graph.OPSET,
-            lengths=tuple(lengths),
+            opset=OPSET,
+            lengths=tuple(self.lengths),
             graphs=self.graphs,
             tokenizer_key=self.tokenizer_key,
-            files={
-                path.relative_to(self.stage).as_posix(): FileEntry(sha256_of(path), path.stat().st_size)
-                for path in files
-            },
+            weight_keys={name: self.stage.finished.weight_keys[name] for name in sorted(weights)},
+            files=self.stage.keep_only({*weights, *(graph.file for graph in self.graphs.values()), TOKENIZER}),
             tools={name: environment[f"tool {name}"] for name in TOOLS},
         )
 
-    def plans(self, lengths: Sequence[str], request: PlanRequest) -> None:
-        root = None if self.previous is None else self.previous.root
-        manifest = self.manifest(lengths)
-        if build_plans(manifest, self.stage, root, request.gpus, request.settings, self.report, request.progress):
-            self.changed = True
+    def _weights(self, name: str) -> tuple[WeightFile, FileEntry]:
+        """The weight file of a component: of an earlier export where the checkpoint is the same, else written."""
+        file, weights = self._layout(name)
+        weights_name, key = f"{name}/{WEIGHTS_FILE}", self._weights_key(name)
+        entry = self.stage.weights(weights_name, key)
+        if entry is None:
+            self.report(f"{name}: {file.size:,} bytes of weights")
+            file.path.parent.mkdir(exist_ok=True)
+            entry = write_weights(weights, file, TORCH_DTYPES[self.dtype], key)
+            previous = self.stage.previous
+            if previous is not None and previous.manifest.files.get(weights_name) == entry:
+                entry = self.stage.take_over(weights_name, key)  # another checkpoint of the same weights
+            else:
+                entry = self.stage.add_weights(weights_name, key, entry)
+        return file, entry
 
-    def _tokenizer(self) -> None:
-        path = self.stage / TOKENIZER
-        path.parent.mkdir()
-        self.source.tokenizer().save(str(path))
-        self.tokenizer_key = {"content": sha256_of(path)}
-        if self.previous is None or self.previous.manifest.tokenizer_key != self.tokenizer_key:
-            self.changed = True
+    def _layout(self, name: str) -> tuple[WeightFile, StoredState]:
+        """Weights by the names that the graphs have for them: those of a wrapper around the component's module."""
+        component = self.components[name]
+        wrapper = graphs_of(described(component.build), self.source.model, self.lengths[:1])[0].module
+        weights = {full: component.weights[full.partition(".")[2]] for full in wrapper.state_dict()}
+        path = self.stage.root / name / WEIGHTS_FILE
+        return lay_out(weights, path, TORCH_DTYPES[self.dtype]), weights
 
-    def _component(self, graphs: Sequence[tuple[Graph, str, Cases]]) -> None:
-        """Builds the graphs of one component, or takes them over from the previous bundle, and their weights."""
-        weights = graphs[0][0].module.state_dict()
-        digest = weights_digest(weights)
-        keys = {
-            graph.name: graph_key(
-                self.source.model, weights=digest, dtype=self.dtype, opset=onnx_graph.OPSET, length=length
-            )
-            for graph, length, _ in graphs
-        }
-        kept = {name: entry for name, key in keys.items() if (entry := self._unchanged(name, key)) is not None}
-        target = (self.stage / graphs[0][0].file).with_name(WEIGHTS_FILE)
-        target.parent.mkdir()
-        if kept and self.previous is not None:
-            link_or_copy(self.previous.path(next(iter(kept.values())).weights), target)
-        for name, entry in kept.items():
-            self.report(f"{name}: unchanged")
-            self.graphs[name] = entry
-            if self.previous is not None:
-                link_or_copy(self.previous.path(entry.file), self.stage / entry.file)
+    def _weights_key(self, name: str) -> Key:
+        return weights_key(self.source.model, origin=self.components[name].origin, dtype=self.dtype)
 
-        to_build = [(graph, cases) for graph, _, cases in graphs if graph.name not in kept]
-        if not to_build:
-            return
-        self.changed = True
-        module = _converted(graphs[0][0].module, self.dtype)
-        file = weight_file(module.state_dict(), target, write=not kept)
-        for graph, cases in to_build:
-            self._graph(graph, file, keys[graph.name], {**random_case(graph), **cases})
-
-    def _graph(self, graph: Graph, file: WeightFile, key: Key, cases: Cases) -> None:
+    def _graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
         self.report(f"{graph.name}: {self._why(graph.name, key)}")
-        module = _converted(graph.module, self.dtype)
-        inputs = graph.inputs_as(TORCH_DTYPES[self.dtype])
-        path = self.stage / graph.file
-        onnx_graph.save(onnx_graph.trace(module, inputs, graph.outputs, graph.ttt), path, file, graph.ttt)
-        signature = onnx_graph.read_signature(path)
-        parity = check_parity(graph, path, signature, cases, self.dtype)
+        path = self.stage.root / graph.file
+        save(trace(graph), path, weights, graph.ttt)
+        part = self._gate.part(graph.component)
+        if part:
+            self.report(f"{graph.name}: too large to run here; held to the reference by {part}, with their own weights")
+        parity = self._gate.check(graph, path, weights)
         worst = max(parity, key=lambda check: check.max_error)
         self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.0e} allowed ({worst.inputs})")
-        weights = file.path.relative_to(self.stage).as_posix()
-        self.graphs[graph.name] = GraphEntry(graph.file, weights, *signature, parity, key)
+        name = weights.path.relative_to(self.stage.root).as_posix()
+        return GraphEntry(graph.file, name, *read_signature(path), parity, key)
 
-    def _unchanged(self, name: str, key: Key) -> GraphEntry | None:
-        entry = self.previous.manifest.graphs.get(name) if self.previous is not None else None
-        return entry if entry is not None and not differences(entry.key, key) else None
+    def _is_previous(self, name: str) -> bool:
+        previous = self.stage.previous
+        return previous is not None and previous.manifest.graphs.get(name) == self.graphs[name]
 
     def _why(self, name: str, key: Key) -> str:
-        entry = self.previous.manifest.graphs.get(name) if self.previous is not None else None
+        previous = self.stage.previous
+        entry = None if previous is None else previous.manifest.graphs.get(name)
         return "new" if entry is None else ", ".join(differences(entry.key, key))
-
-
-def _with_text(graph: Graph, embeddings: Tensor) -> Cases:
-    latents, _, timestep = (spec.example for spec in graph.inputs)
-    return {"real text": [latents, embeddings, timestep]}
-
-
-def _converted(module: nn.Module, dtype: DType) -> nn.Module:
-    return module if dtype == "float32" else copy.deepcopy(module).to(TORCH_DTYPES[dtype])
 
 
 def _previous(output: Path) -> Bundle | None:
     """The bundle that is there, if it is whole; a folder that holds anything else is not ours to replace."""
-    retired = _retired(output)
+    retired = retired_folder(output)
     if retired.exists() and not output.exists():
         os.replace(retired, output)  # killed between the two renames of an earlier export
     if not output.exists():
@@ -231,31 +227,19 @@ def _previous(output: Path) -> Bundle | None:
         raise OutputError(f"{output}: exists and is not a bundle; choose another folder or remove it")
     try:
         bundle = open_bundle(output)
-        bundle.verify()
+        bundle.check()
     except BundleError:
         return None
     return bundle
 
 
 @contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    stage = output.absolute().with_name(f".{output.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+def _staging(output: Path, previous: Bundle | None, report: Report) -> Iterator[Stage]:
+    stage = open_stage(output, previous, report)
     try:
         yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, output: Path) -> None:
-    retired = _retired(output)
-    shutil.rmtree(retired, ignore_errors=True)
-    if output.exists():
-        os.replace(output, retired)
-    os.replace(stage, output)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def _retired(output: Path) -> Path:
-    return output.absolute().with_name(f".{output.name}.previous")
+    except BaseException:
+        kept = stage.leave()
+        if kept:
+            report(f"{kept:,} bytes that are finished stay in {stage.root}: export again to go on, or remove it")
+        raise

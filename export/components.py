@@ -5,47 +5,37 @@ runtime needs no other; only the VAE's caches, which no one else reads, have the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ttt_video_engine.export.graph import Input
+from ttt_video_engine.export.graph import Graph, Input
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import CausalConv3d, ConvCache, VaeDecoder
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, VAE_NEXT, latent_shape
 from ttt_video_engine.runtime.bundle import transformer_graph as graph_name
-from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TTTKind
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 
 CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
 
 
-@dataclass(frozen=True)
-class Graph:
-    """One graph to be exported: a wrapper around a component's module, its inputs and its outputs.
-
-    `ttt` is the kind of its TTT nodes where it has some.
-    """
-
-    name: str
-    file: str
-    module: nn.Module
-    inputs: tuple[Input, ...]
-    outputs: tuple[str, ...]
-    ttt: TTTKind | None = None
-
-    def inputs_as(self, dtype: torch.dtype) -> tuple[Input, ...]:
-        """The inputs as a module of `dtype` takes them: only caches differ."""
-        return tuple(
-            replace(spec, example=spec.example.to(dtype)) if spec.name.startswith(CACHE_IN) else spec
-            for spec in self.inputs
-        )
+def graphs_of(module: nn.Module, model: ModelConfig, lengths: Sequence[str]) -> list[Graph]:
+    """All graphs of a component, those that need one for each of `lengths`."""
+    if isinstance(module, TextEncoder):
+        return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
+    if isinstance(module, DiffusionTransformer):
+        return [transformer_graph(module, model, length) for length in lengths]
+    if isinstance(module, VaeDecoder):
+        factor = model.vae.spatial_factor
+        return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
+    raise TypeError(f"{type(module).__name__} is no component")
 
 
 def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:
     """ids [batch, tokens] int64 → embeddings [batch, tokens, d_model]."""
-    ids = torch.randint(vocab_size, (2, 24), generator=_generator())
+    ids = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     return Graph(
         name=TEXT_ENCODER,
         file="text_encoder/model.onnx",
@@ -65,15 +55,17 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
         inputs=transformer_inputs(size, latent_shape(model, size)[1], model.transformer.text_dim),
         outputs=("velocity",),
         ttt=model.transformer.ttt,
+        length=length,
     )
 
 
 def transformer_inputs(size: ClipSize, channels: int, text_dim: int) -> tuple[Input, ...]:
-    """Random inputs of one clip for both branches of guidance; only the batch is free."""
-    generator = _generator()
-    latents = torch.randn(2, size.num_frames, channels, size.height, size.width, generator=generator)
-    text = torch.randn(2, size.num_scenes, size.text_length, text_dim, generator=generator)
-    examples = {"latents": latents, "text": text, "timestep": torch.tensor([979, 499])}
+    """Inputs of one clip for both branches of guidance; only the batch is free."""
+    examples = {
+        "latents": torch.empty(2, size.num_frames, channels, size.height, size.width),
+        "text": torch.empty(2, size.num_scenes, size.text_length, text_dim),
+        "timestep": torch.tensor([979, 499]),
+    }
     return tuple(Input(name, example, {0: "batch"}) for name, example in examples.items())
 
 
@@ -82,18 +74,21 @@ def vae_graphs(decoder: VaeDecoder, *, height: int, width: int) -> tuple[Graph, 
     config = decoder.config
     caches = [name for name, module in decoder.named_modules() if isinstance(module, CausalConv3d)]
     outputs = ("frames", *(CACHE_OUT + name for name in caches))
-    generator = _generator()
-    frames = torch.randn(1, 1 + 2 * config.temporal_window, config.z_channels, height, width, generator=generator)
-    first, following = frames.split([1 + config.temporal_window, config.temporal_window], dim=1)
-
-    first_module = VaeGraph(decoder, caches, first=True)
-    with torch.no_grad():
-        _, *cache = first_module(first)
-    first_graph = Graph(VAE_FIRST, "vae_decoder/first.onnx", first_module, (Input("latents", first, {}),), outputs)
+    first, following = (
+        torch.empty(1, frames, config.z_channels, height, width)
+        for frames in (1 + config.temporal_window, config.temporal_window)
+    )
+    first_module, next_module = (VaeGraph(decoder, caches, first=is_first) for is_first in (True, False))
+    shapeless = {name: weight.to("meta") for name, weight in first_module.state_dict().items()}
+    _, *cache = functional_call(first_module, shapeless, (first.to("meta"),))
     inputs = [Input("latents", following, {})]
-    inputs += [Input(CACHE_IN + name, frames, {}) for name, frames in zip(caches, cache, strict=True)]
-    next_module = VaeGraph(decoder, caches, first=False)
-    return first_graph, Graph(VAE_NEXT, "vae_decoder/next.onnx", next_module, tuple(inputs), outputs)
+    inputs += [
+        Input(CACHE_IN + name, torch.empty_like(c, device="cpu"), {}) for name, c in zip(caches, cache, strict=True)
+    ]
+    return (
+        Graph(VAE_FIRST, "vae_decoder/first.onnx", first_module, (Input("latents", first, {}),), outputs),
+        Graph(VAE_NEXT, "vae_decoder/next.onnx", next_module, tuple(inputs), outputs),
+    )
 
 
 class TextEncoderGraph(nn.Module):
@@ -132,7 +127,3 @@ class VaeGraph(nn.Module):
         z = latents.transpose(1, 2).to(dtype) / self.decoder.config.scale_factor
         frames = self.decoder(z, cache)
         return frames.float(), *(cache.frames[name] for name in self.caches)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

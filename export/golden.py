@@ -26,13 +26,12 @@ from ttt_video_engine.export import ttt_op
 from ttt_video_engine.export.components import (
     CACHE_IN,
     CACHE_OUT,
-    Graph,
     TransformerGraph,
     transformer_inputs,
     vae_graphs,
 )
-from ttt_video_engine.export.graph import Input
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.graph import Graph, Input
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.reference.ttt_layer import Scan
@@ -355,11 +354,10 @@ class _StandIn(nn.Module):
 
 def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
     """Exports the graphs of one component, which share their weights, as a bundle has them."""
-    weights = weight_file(graphs[0].module.state_dict(), folder / "model.onnx_data", write=True)
+    weights = write_module(graphs[0].module, folder / "model.onnx_data")
     paths = [folder / Path(graph.file).name for graph in graphs]
     for graph, path in zip(graphs, paths, strict=True):
-        model = onnx_graph.trace(graph.module, graph.inputs, graph.outputs, graph.ttt)
-        onnx_graph.save(model, path, weights, graph.ttt)
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
     return paths
 
 

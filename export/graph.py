@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from ttt_video_engine.export.ttt_op import DOMAIN, add_function_body, scans_as_nodes
 from ttt_video_engine.export.weights import WeightFile
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import DType, TTTKind
 from ttt_video_engine.runtime.engine import TensorDType, TensorSpec
 from ttt_video_engine.runtime.errors import EngineError
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 OPSET = 20
 """Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""
@@ -40,17 +46,40 @@ _DTYPES: dict[int, TensorDType] = {
 
 @dataclass(frozen=True)
 class Input:
-    """An example input and the names of its free axes."""
+    """An input as an example, whose values do not matter if it is floating-point, and the names of its free axes."""
 
     name: str
     example: Tensor
     free_axes: dict[int, str]
 
 
-def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], ttt: TTTKind | None) -> ir.Model:
-    """`module` as an ONNX graph of standard operators and TTT nodes; weights keep their names in the module."""
+@dataclass(frozen=True)
+class Graph:
+    """One graph to be exported: a module with named inputs and outputs.
+
+    Weights and inputs are looked at for their shapes and dtypes alone, so that they may be hollow. `ttt` is the kind of
+    its TTT nodes where it has some, `length` that of the clips where it depends on one.
+    """
+
+    name: str
+    file: str
+    module: nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    ttt: TTTKind | None = None
+    length: str = "any"
+
+    @property
+    def component(self) -> str:
+        """The folder in a bundle of all graphs that share one module."""
+        return self.file.partition("/")[0]
+
+
+def trace(graph: Graph) -> ir.Model:
+    """A graph of standard operators and TTT nodes; weights keep their names in the module."""
+    module, inputs = graph.module, graph.inputs
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
-    nodes = nullcontext() if ttt is None else scans_as_nodes(module, ttt)
+    nodes = nullcontext() if graph.ttt is None else scans_as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
     with _quiet(), torch.no_grad(), nodes:
         program = torch.onnx.export(
@@ -59,7 +88,7 @@ def trace(module: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], tt
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in inputs],
-            output_names=list(outputs),
+            output_names=list(graph.outputs),
             dynamic_shapes=shapes if axes else None,
             optimize=False,
             verbose=False,

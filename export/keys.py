@@ -28,6 +28,18 @@ def graph_key(model: ModelConfig, *, weights: str, dtype: str, opset: int, lengt
     return {**model_key, "precision": dtype, "opset": str(opset), **environment_key()}
 
 
+def weights_key(model: ModelConfig, *, origin: str, dtype: str) -> Key:
+    """Everything that could change a weight file, without reading it: files of equal keys need not be written again."""
+    config = hashlib.sha256(msgspec.json.encode(model, order="deterministic")).hexdigest()
+    return {
+        "origin": origin,
+        "config": config,
+        "precision": dtype,
+        "code": code_digest(),
+        "tool torch": package_version("torch"),
+    }
+
+
 def differences(old: Key, new: Key) -> list[str]:
     """One short reason for each part of a key that differs."""
     return [

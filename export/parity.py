@@ -1,68 +1,167 @@
 """The parity gate: a graph in ONNX Runtime against the module it was exported from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
-from ttt_video_engine.export.components import Graph
-from ttt_video_engine.export.graph import Signature
+from ttt_video_engine.export.components import graphs_of
+from ttt_video_engine.export.graph import TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.real_text import real_prompts
+from ttt_video_engine.export.reduced import reduced, reduced_component, what_is_run, whole_name
+from ttt_video_engine.export.source import Component
+from ttt_video_engine.export.weights import WeightFile
 from ttt_video_engine.export.widen import widened
-from ttt_video_engine.runtime.bundle import ParityCheck
-from ttt_video_engine.runtime.config import DType
+from ttt_video_engine.reference.initialise import hollow
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, ParityCheck
+from ttt_video_engine.runtime.config import DType, ModelConfig
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.errors import CheckFailed
 
 TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Largest error over the largest reference value."""
 
+Cases = dict[str, list[Tensor]]
+"""What is run: inputs in the order of the graph, by a name."""
 
-def check_parity(
-    graph: Graph,
-    path: Path,
-    signature: Signature,
-    cases: dict[str, Sequence[Tensor]],
-    dtype: DType,
-) -> tuple[ParityCheck, ...]:
-    """Runs every case (name → inputs in order) through the file at `path` and through the graph's module, in float32.
 
-    A bfloat16 graph runs with its own weights and constants but float32 between them: see `widen.py`. Raises
-    CheckFailed where an output has a NaN or is over tolerance.
+@dataclass
+class Gate:
+    """Holds the graphs of a model to its reference, in float32.
+
+    A model that is too large to run where it is exported is held by a part of it (`reduced.py`): a graph of that part
+    is exported for the occasion, and reads the part's weights where they lie in the file of the whole.
     """
-    checks = []
-    with _open(path, signature, dtype) as engine:
-        for name, case in cases.items():
-            feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(engine.inputs, case, strict=True)}
-            found = engine.run(feeds)
-            with torch.no_grad():
-                expected = graph.module(*case)
-            tensors = expected if isinstance(expected, tuple) else (expected,)
-            errors = [_error(graph, name, key, found[key], t) for key, t in zip(graph.outputs, tensors, strict=True)]
-            checks.append(
-                ParityCheck(
+
+    model: ModelConfig
+    components: Mapping[str, Component[nn.Module]]
+    dtype: DType
+    tokenizer: Path
+    _embeddings: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._model = reduced(self.model)
+
+    def part(self, component: str) -> str:
+        """What is run in place of a component that is too large; empty where it is run whole."""
+        return what_is_run(component, self._model, self.model)
+
+    def check(self, graph: Graph, path: Path, weights: WeightFile) -> tuple[ParityCheck, ...]:
+        """Runs random inputs, and real text where there is text, through the file at `path` and the reference.
+
+        A bfloat16 graph runs with its own weights and constants but float32 between them: see `widen.py`. Raises
+        CheckFailed where an output has a NaN or is over tolerance.
+        """
+        cases, expected = self._run_reference(graph)
+        with self._runnable(graph, path, weights) as runnable:
+            checks = tuple(self._compare(graph, runnable, cases, expected))
+        for check in checks:
+            if not check.max_error <= check.tolerance:
+                raise CheckFailed(
+                    f"{graph.name}: parity on {check.inputs}: error {check.max_error:.1e} is over "
+                    f"{check.tolerance:.0e}; the bundle was left as it was"
+                )
+        return checks
+
+    @torch.no_grad()
+    def _run_reference(self, graph: Graph) -> tuple[Cases, dict[str, list[Tensor]]]:
+        """Inputs, and what the reference makes of them. It is gone before the graph is loaded."""
+        text = self._embedded(graph.length) if graph.component == "transformer" else None
+        reference = self._reference(graph.component, graph.name, graph.length)
+        cases = random_cases(reference)
+        if graph.component == "text_encoder":
+            cases["real text"] = [self._prompts(next(iter(self.model.text_lengths)))]
+        if text is not None:
+            latents, _, timestep = next(iter(cases.values()))
+            cases["real text"] = [latents, text, timestep]
+        return cases, {name: _as_list(reference.module(*case)) for name, case in cases.items()}
+
+    def _reference(self, component: str, name: str, length: str) -> Graph:
+        return _named(name, graphs_of(self._reduced(component).load(), self._model, [length]))
+
+    def _reduced(self, component: str) -> Component[nn.Module]:
+        whole = self.components[component]
+        return reduced_component(component, whole, self._model, self.model) if self.part(component) else whole
+
+    @contextmanager
+    def _runnable(self, graph: Graph, path: Path, weights: WeightFile) -> Iterator[Path]:
+        """The graph that is checked: the one at `path`, or beside it one of a part."""
+        if not self.part(graph.component):
+            yield path
+            return
+        module = hollow(self._reduced(graph.component).build, TORCH_DTYPES[self.dtype])
+        part = _named(graph.name, graphs_of(module, self._model, [graph.length]))
+        places = {
+            name: weights.places[whole_name(graph.component, name, self._model, self.model)]
+            for name in part.module.state_dict()
+        }
+        target = path.with_name(f".part.{path.name}")
+        try:
+            save(trace(part), target, WeightFile(weights.path, places), part.ttt)
+            yield target
+        finally:
+            target.unlink(missing_ok=True)
+
+    def _compare(
+        self, graph: Graph, path: Path, cases: Cases, expected: dict[str, list[Tensor]]
+    ) -> Iterator[ParityCheck]:
+        with _open(path, self.dtype) as engine:
+            for name, case in cases.items():
+                feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(engine.inputs, case, strict=True)}
+                found = engine.run(feeds)
+                outputs = zip(graph.outputs, expected[name], strict=True)
+                errors = [_error(graph, name, output, found[output], tensor) for output, tensor in outputs]
+                yield ParityCheck(
                     inputs=name,
                     max_error=max(largest for largest, _ in errors),
                     mean_error=max(mean for _, mean in errors),
-                    tolerance=TOLERANCES[dtype],
+                    tolerance=TOLERANCES[self.dtype],
+                    part=self.part(graph.component),
                 )
-            )
-    for check in checks:
-        if not check.max_error <= check.tolerance:
-            raise CheckFailed(
-                f"{graph.name}: parity on {check.inputs}: error {check.max_error:.1e} is over {check.tolerance:.0e}; "
-                "the bundle was left as it was"
-            )
-    return tuple(checks)
+
+    def _prompts(self, length: str) -> Tensor:
+        """Token ids [2·S, N] of real text."""
+        return real_prompts(self.tokenizer, self._model, length).flatten(0, 1)
+
+    def _embedded(self, length: str) -> Tensor:
+        """Embeddings [2, S, N, text_dim] of real text. The encoder is loaded once, for all lengths."""
+        if not self._embeddings:
+            encoder = self._reference("text_encoder", TEXT_ENCODER, length).module
+            for other in self.model.text_lengths:
+                self._embeddings[other] = encoder(self._prompts(other)).unflatten(0, (2, -1))
+        return self._embeddings[length]
+
+
+def random_cases(graph: Graph) -> Cases:
+    """Inputs for a graph: its batch of two, and the first of it alone."""
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        torch.randn(spec.example.shape, generator=generator) if spec.example.is_floating_point() else spec.example
+        for spec in graph.inputs
+    ]
+    if not any(0 in spec.free_axes for spec in graph.inputs):
+        return {"random": examples}
+    return {"random, batch 2": examples, "random, batch 1": [example[:1] for example in examples]}
+
+
+def _named(name: str, graphs: Sequence[Graph]) -> Graph:
+    return next(graph for graph in graphs if graph.name == name)
+
+
+def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 @contextmanager
-def _open(path: Path, signature: Signature, dtype: DType) -> Iterator[OnnxRuntimeEngine]:
+def _open(path: Path, dtype: DType) -> Iterator[OnnxRuntimeEngine]:
+    signature = read_signature(path)
     if dtype != "bfloat16":
         with OnnxRuntimeEngine(path, *signature) as engine:
             yield engine
@@ -76,14 +175,6 @@ def _open(path: Path, signature: Signature, dtype: DType) -> Iterator[OnnxRuntim
 
 def _wide(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
-
-
-def random_case(graph: Graph) -> dict[str, Sequence[Tensor]]:
-    """The example inputs, and the first of each batch alone."""
-    examples = [spec.example for spec in graph.inputs]
-    if not any(0 in spec.free_axes for spec in graph.inputs):
-        return {"random": examples}
-    return {"random, batch 2": examples, "random, batch 1": [example[:1] for example in examples]}
 
 
 def _as_spec(value: Tensor, spec: TensorSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

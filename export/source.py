@@ -1,24 +1,24 @@
-"""Where a model's weights come from: a seed, or a folder of checkpoints."""
+"""Where a model's weights come from: a seed, or a folder of checkpoints. None are read before they are asked for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from tokenizers import Tokenizer
 from torch import nn
 
 from ttt_video_engine.export.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
 from ttt_video_engine.reference.checkpoint import (
+    check_fit,
     is_ttt,
-    load_strictly,
     text_encoder_weights,
     transformer_weights,
     vae_weights,
 )
 from ttt_video_engine.reference.hugging_face import is_cogvideox_transformer
-from ttt_video_engine.reference.initialise import seeded
-from ttt_video_engine.reference.stored import StoredState, open_state
+from ttt_video_engine.reference.initialise import described, fresh, seeded
+from ttt_video_engine.reference.stored import StoredState, fingerprint, held, open_state
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
@@ -26,21 +26,50 @@ from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError
 
 M = TypeVar("M", bound=nn.Module)
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+
+
+@dataclass(frozen=True)
+class Component(Generic[M_co]):
+    """A component that need not be in memory: how its module is built, and the weights to fill it with, by name.
+
+    `origin` changes whenever the weights may have.
+    """
+
+    build: Callable[[], M_co]
+    weights: StoredState
+    origin: str
+
+    def load(self) -> M_co:
+        """The module in float32, ready for inference."""
+        module = self.build().eval().requires_grad_(False)
+        for name, value in module.state_dict().items():
+            value.copy_(self.weights[name].read())
+        return module
 
 
 class ModelSource(Protocol):
-    """Makes each component when it is its turn, in float32 and ready for inference."""
+    """Describes each component when it is its turn."""
 
     @property
     def model(self) -> ModelConfig: ...
 
     def tokenizer(self) -> Tokenizer: ...
 
-    def text_encoder(self) -> TextEncoder: ...
+    def text_encoder(self) -> Component[TextEncoder]: ...
 
-    def transformer(self) -> DiffusionTransformer: ...
+    def transformer(self) -> Component[DiffusionTransformer]: ...
 
-    def vae_decoder(self) -> VaeDecoder: ...
+    def vae_decoder(self) -> Component[VaeDecoder]: ...
+
+
+def components_of(source: ModelSource) -> dict[str, Component[nn.Module]]:
+    """All components by the names of their folders in a bundle."""
+    return {
+        "text_encoder": source.text_encoder(),
+        "transformer": source.transformer(),
+        "vae_decoder": source.vae_decoder(),
+    }
 
 
 @dataclass(frozen=True)
@@ -57,14 +86,17 @@ class SeededSource:
     def tokenizer(self) -> Tokenizer:
         return train_tokenizer(tiny_prose(), self.model.text_encoder.vocab_size)
 
-    def text_encoder(self) -> TextEncoder:
-        return seeded(lambda: TextEncoder(self.model.text_encoder), self.seed)
+    def text_encoder(self) -> Component[TextEncoder]:
+        return self._seeded(lambda: TextEncoder(self.model.text_encoder))
 
-    def transformer(self) -> DiffusionTransformer:
-        return seeded(lambda: DiffusionTransformer(self.model.transformer), self.seed)
+    def transformer(self) -> Component[DiffusionTransformer]:
+        return self._seeded(lambda: DiffusionTransformer(self.model.transformer))
 
-    def vae_decoder(self) -> VaeDecoder:
-        return seeded(lambda: VaeDecoder(self.model.vae), self.seed)
+    def vae_decoder(self) -> Component[VaeDecoder]:
+        return self._seeded(lambda: VaeDecoder(self.model.vae))
+
+    def _seeded(self, build: Callable[[], M]) -> Component[M]:
+        return Component(build, held(seeded(build, self.seed).state_dict()), f"seed {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -90,28 +122,31 @@ class CheckpointSource:
     def tokenizer(self) -> Tokenizer:
         return load_t5_tokenizer(self.folder / "tokenizer", self.model.text_encoder.vocab_size)
 
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> Component[TextEncoder]:
         config, path = self.model.text_encoder, self.folder / "text_encoder"
         weights = text_encoder_weights(open_state(path), vocab_size=config.vocab_size)
-        return _loaded(lambda: TextEncoder(config), weights, path)
+        return _fitted(lambda: TextEncoder(config), weights, path, fingerprint(path))
 
-    def transformer(self) -> DiffusionTransformer:
-        path = self.folder / "transformer"
+    def transformer(self) -> Component[DiffusionTransformer]:
+        path, origin = self.folder / "transformer", fingerprint(self.folder / "transformer")
+
+        def build() -> DiffusionTransformer:
+            return DiffusionTransformer(self.model.transformer)
+
         state = open_state(path)
         weights = transformer_weights(state)
-        if not is_cogvideox_transformer(state):
-            return _loaded(lambda: DiffusionTransformer(self.model.transformer), weights, path)
-        self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
-        module = seeded(lambda: DiffusionTransformer(self.model.transformer), self.seed)
-        load_strictly(module, weights, path, fresh=is_ttt)
-        return module
+        if is_cogvideox_transformer(state):
+            self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
+            shapes = {name: value.shape for name, value in described(build).state_dict().items() if is_ttt(name)}
+            weights, origin = {**weights, **fresh(shapes, self.seed)}, f"{origin}, TTT from seed {self.seed}"
+        return _fitted(build, weights, path, origin)
 
-    def vae_decoder(self) -> VaeDecoder:
+    def vae_decoder(self) -> Component[VaeDecoder]:
         config, path = self.model.vae, self.folder / "vae"
-        return _loaded(lambda: VaeDecoder(config), vae_weights(open_state(path), config), path)
+        weights = vae_weights(open_state(path), config)
+        return _fitted(lambda: VaeDecoder(config), weights, path, fingerprint(path))
 
 
-def _loaded(build: Callable[[], M], weights: StoredState, path: Path) -> M:
-    module = build().eval().requires_grad_(False)
-    load_strictly(module, weights, path)
-    return module
+def _fitted(build: Callable[[], M], weights: StoredState, path: Path, origin: str) -> Component[M]:
+    check_fit(weights, described(build), path)
+    return Component(build, weights, origin)

@@ -1,17 +1,29 @@
-"""One data file of weights that all graphs of a component share."""
+"""One data file of weights that all graphs of a component share, written a tensor at a time."""
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ttt_video_engine.export.journal import Journal
+from ttt_video_engine.reference.stored import StoredState, StoredTensor, held
+from ttt_video_engine.runtime.bundle import FileEntry
+from ttt_video_engine.runtime.errors import CheckpointError, OutputError
+from ttt_video_engine.runtime.files import sha256_of
 
 ALIGNMENT = 4096
 """Bytes; a multiple of the page size, so that a runtime can map tensors instead of reading them."""
+
+NOTE_EVERY = 256 << 20
+"""Bytes; what a kill or a power cut can lose of a file."""
+
+Place = tuple[int, int]
+"""(offset, length) in bytes."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +31,12 @@ class WeightFile:
     """Where each weight lies in a data file, by its name in the module."""
 
     path: Path
-    places: Mapping[str, tuple[int, int]]
-    """Name → (offset, length) in bytes."""
+    places: Mapping[str, Place]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((offset + length for offset, length in self.places.values()), default=0)
 
     def attach(self, model: ir.Model) -> None:
         """Makes the initializers of `model` that are weights refer to this file, which lies beside the graph."""
@@ -39,32 +55,84 @@ class WeightFile:
                 )
 
 
-def weight_file(weights: Mapping[str, Tensor], path: Path, *, write: bool) -> WeightFile:
-    """Lays every tensor out once, in the order and dtype given; names of the same storage share a place.
-
-    Without `write` the file is taken to be there already: the layout depends on the weights alone.
-    """
-    places: dict[str, tuple[int, int]] = {}
-    by_storage: dict[tuple[int, torch.Size], tuple[int, int]] = {}
+def lay_out(weights: StoredState, path: Path, dtype: torch.dtype) -> WeightFile:
+    """Gives every tensor a place, in the order given; names of one tensor share it. Depends on shapes alone."""
+    places: dict[str, Place] = {}
+    shared: dict[int, Place] = {}
     end = 0
-    with path.open("wb") if write else nullcontext() as file:
-        for name, weight in weights.items():
-            storage = (weight.data_ptr(), weight.shape)
-            if storage not in by_storage:
-                offset = end + -end % ALIGNMENT
-                by_storage[storage] = offset, weight.nbytes
-                if file is not None:
-                    file.write(b"\0" * (offset - end))
-                    file.write(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-                end = offset + weight.nbytes
-            places[name] = by_storage[storage]
+    for name, stored in weights.items():
+        if id(stored) not in shared:
+            offset = end + -end % ALIGNMENT
+            shared[id(stored)] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
+            end = sum(shared[id(stored)])
+        places[name] = shared[id(stored)]
     return WeightFile(path, places)
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def write_weights(weights: StoredState, file: WeightFile, dtype: torch.dtype, key: Mapping[str, str]) -> FileEntry:
+    """Writes the weights in `dtype` to their places, with no more than two of them in memory.
+
+    A file that was begun from the same `key` is gone on with: a journal beside it says how much of it is on the disk.
+    When it is whole it is read back. Raises CheckpointError for a weight that `dtype` cannot hold, and OutputError
+    where the disk does not give back what was written.
+    """
+    journal = Journal(file.path, dict(key))
+    # Hashing takes as long as writing, and neither holds the interpreter's lock: it has a thread of its own.
+    with file.path.open("r+b" if file.path.exists() else "w+b") as out, ThreadPoolExecutor(1) as hasher:
+        digest, end = journal.resume(out)
+        noted, hashed = end, hasher.submit(_add, digest, ())
+        for name, stored, (offset, length) in _in_order(weights, file):
+            if offset < noted:
+                continue
+            content = b"\0" * (offset - end), _bytes(name, stored, dtype)
+            out.writelines(content)
+            hashed.result()
+            hashed = hasher.submit(_add, digest, content)
+            end = offset + length
+            if end - noted >= NOTE_EVERY or end == file.size:
+                hashed.result()
+                journal.note(out, end, digest.hexdigest())
+                noted = end
+    entry = FileEntry(digest.hexdigest(), file.size)
+    if sha256_of(file.path) != entry.sha256:
+        raise OutputError(f"{file.path}: does not hold what was written to it; check the disk")
+    journal.path.unlink(missing_ok=True)
+    return entry
+
+
+def write_module(module: nn.Module, path: Path) -> WeightFile:
+    """The weights of a module that is in memory, in the dtype that they have."""
+    weights = held(module.state_dict())
+    (dtype,) = {stored.dtype for stored in weights.values()} or {torch.float32}
+    file = lay_out(weights, path, dtype)
+    write_weights(weights, file, dtype, {})
+    return file
+
+
+def _in_order(weights: StoredState, file: WeightFile) -> Iterator[tuple[str, StoredTensor, Place]]:
+    """Every tensor once, as they lie in the file."""
+    seen: set[Place] = set()
+    for name, stored in weights.items():
+        place = file.places[name]
+        if place not in seen:
+            seen.add(place)
+            yield name, stored, place
+
+
+def _bytes(name: str, stored: StoredTensor, dtype: torch.dtype) -> memoryview:
+    value = stored.read().detach()
+    converted = value.to(dtype).contiguous()
+    if not _is_finite(converted):
+        found = f"has values that {dtype} cannot hold" if _is_finite(value) else "has values that are no numbers"
+        raise CheckpointError(f"{name}: {found}; fetch the checkpoint again, or export with another --dtype")
+    return converted.flatten().view(torch.uint8).numpy().data
+
+
+def _is_finite(value: Tensor) -> bool:
+    extremes = torch.stack(torch.aminmax(value))  # NaN wherever there is one; ten times as fast as to ask each value
+    return bool(torch.isfinite(extremes).all())
+
+
+def _add(digest: "hashlib._Hash", content: Iterable[bytes | memoryview]) -> None:
+    for part in content:
+        digest.update(part)

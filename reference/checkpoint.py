@@ -1,6 +1,5 @@
-"""Checkpoints under the names of the reference, and fitted to its modules strictly."""
+"""Checkpoints under the names of the reference, and whether they fit its modules."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,24 +54,18 @@ def _rows(stored: StoredTensor, count: int) -> Tensor:
     return stored.read()[:count]
 
 
-def load_strictly(
-    module: nn.Module, state: StoredState, source: Path, *, fresh: Callable[[str], bool] = lambda name: False
-) -> None:
-    """Copies `state` into `module`, a tensor at a time; weights that are `fresh` may keep what they have.
-
-    Raises CheckpointError listing names that are missing, unexpected, misshapen or no floating-point numbers; `module`
-    is then as it was.
-    """
-    expected = module.state_dict()
+def check_fit(state: StoredState, module: nn.Module, source: Path) -> None:
+    """Raises CheckpointError listing names that are missing, unexpected, misshapen or no floating-point numbers."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = [
-        _listing("missing", [name for name in expected if name not in state and not fresh(name)]),
+        _listing("missing", [name for name in expected if name not in state]),
         _listing("unexpected", [name for name in state if name not in expected]),
         _listing(
             "misshapen",
             [
-                f"{name} {list(state[name].shape)} (must be {list(value.shape)})"
-                for name, value in expected.items()
-                if name in state and state[name].shape != tuple(value.shape)
+                f"{name} {list(state[name].shape)} (must be {list(shape)})"
+                for name, shape in expected.items()
+                if name in state and state[name].shape != shape
             ],
         ),
         _listing(
@@ -83,8 +76,6 @@ def load_strictly(
     if any(problems):
         found = "; ".join(problem for problem in problems if problem)
         raise CheckpointError(f"{source}: does not fit the model: {found}; check the config and the checkpoint's stage")
-    for name, stored in state.items():
-        expected[name].copy_(stored.read())
 
 
 def _listing(what: str, names: list[str]) -> str:

@@ -1,14 +1,18 @@
 """Modules without trained weights: with random ones from a seed, or with none at all."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ttt_video_engine.reference.stored import StoredState, StoredTensor
 from ttt_video_engine.reference.ttt_layer import TTTLayer
 
 INNER_WEIGHT_STD = 0.02
+GATE = 0.1
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,15 +33,45 @@ def seeded(build: Callable[[], M], seed: int) -> M:
     return module.eval().requires_grad_(False)
 
 
-def hollow(build: Callable[[], M]) -> M:
-    """The module that `build` makes, its weights of the right shapes and dtypes but of one value that takes no memory.
+def hollow(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
+    """The module that `build` makes, with weights of the right shapes and of `dtype` that take no memory.
 
     For tracing a model of any size. It cannot be loaded into.
     """
-    with torch.device("meta"):
-        module = build()
+    module = described(build)
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
-            one = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            one = torch.zeros((), dtype=dtype).expand(weight.shape)
             setattr(part, name, nn.Parameter(one, requires_grad=False))
     return module.eval()
+
+
+def described(build: Callable[[], M]) -> M:
+    """The module that `build` makes, its weights without values: names, shapes and what shares one tensor."""
+    with torch.device("meta"):
+        return build()
+
+
+def fresh(shapes: Mapping[str, torch.Size], seed: int) -> StoredState:
+    """Weights that TTT layers and their gates start training with, by their names in the transformer.
+
+    Matrices are normal with a standard deviation of 0.02, gates 0.1, scales of norms 1 and all biases 0. A weight
+    depends on its name and the seed alone, so each is made when it is read.
+    """
+    return {
+        name: StoredTensor(tuple(shape), torch.float32, partial(_fresh, name, shape, seed))
+        for name, shape in shapes.items()
+    }
+
+
+def _fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
+    kind = name.rpartition(".ttt.")[2]
+    if kind.endswith("gating_alpha"):
+        return torch.full(shape, GATE)
+    if kind in ("ttt_norm_weight", "post_norm.weight"):
+        return torch.ones(shape)
+    if kind in ("b1", "b2") or kind.endswith("bias"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    return torch.normal(0.0, INNER_WEIGHT_STD, shape, generator=generator)

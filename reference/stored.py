@@ -1,10 +1,11 @@
 """Tensors in files: described without being read, read one at a time, and without running code that the files hold."""
 
+import hashlib
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,25 @@ def open_state(path: Path) -> StoredState:
             f"{path}: must hold one {' or '.join(SUFFIXES)} file, or shards with {INDEX}; has {names}"
         )
     return _open_file(found[0])
+
+
+def fingerprint(path: Path) -> str:
+    """Tells files that may have changed from those that have not, by names, sizes and times: nothing is read."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def held(tensors: Mapping[str, Tensor]) -> StoredState:
+    """Tensors that are in memory already; names of one tensor share an entry."""
+    entries: dict[tuple[int, torch.Size], StoredTensor] = {}
+    return {
+        name: entries.setdefault(
+            (value.data_ptr(), value.shape), StoredTensor(tuple(value.shape), value.dtype, partial(_same, value))
+        )
+        for name, value in tensors.items()
+    }
 
 
 def _open_file(path: Path) -> StoredState:

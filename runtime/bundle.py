@@ -4,6 +4,8 @@ Nothing in a bundle is trusted: names stay inside the folder, bytes must have th
 shapes that the model's config calls for.
 """
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -36,12 +38,16 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityCheck(Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a graph was from the reference on one set of inputs, relative to the largest reference value."""
+    """How far a graph was from the reference on one set of inputs, relative to the largest reference value.
+
+    `part` is empty, or what of the model was run where all of it is too large to run where it is exported.
+    """
 
     inputs: str
     max_error: float
     mean_error: float
     tolerance: float
+    part: str = ""
 
 
 class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +71,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lengths: tuple[str, ...]
     graphs: dict[str, GraphEntry]
     tokenizer_key: dict[str, str]
+    weight_keys: dict[str, dict[str, str]]
     files: dict[str, FileEntry]
     defaults: Settings = field(default_factory=Settings)
     tools: dict[str, str] = field(default_factory=dict)
@@ -76,7 +83,7 @@ class _Version(Struct):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `verify` before use: opening reads the manifest only."""
+    """An opened bundle. `check` or `verify` before use: opening reads the manifest only."""
 
     root: Path
     manifest: Manifest
@@ -102,19 +109,42 @@ class Bundle:
         """A file of the bundle by its name in the manifest."""
         return self.root / name
 
-    def verify(self) -> None:
-        """Raises BundleError for the first file that is missing or is not what was exported.
+    def check(self) -> None:
+        """Raises BundleError for the first file that is missing or is not what was exported, in no time.
 
-        Engines aside: the one that is used verifies itself when it is loaded.
+        Only a file that is newer than `bundle.json` is read, as one is that was changed, or copied without its time;
+        a file that has its digest then gets that of `bundle.json`. Engines aside: the one that is used verifies itself
+        when it is loaded.
         """
-        for name, entry in self.manifest.files.items():
-            if name.startswith(ENGINES):
-                continue
-            path = self.path(name)
-            if not path.is_file():
-                raise BundleError(f"{self.root}: {name} is missing; export the bundle again")
-            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
-                raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
+        exported = (self.root / MANIFEST).stat().st_mtime_ns
+        for name in self._checked():
+            status = self._status(name)
+            if status.st_mtime_ns > exported:
+                self._verify(name)
+                with suppress(OSError):  # not ours to write: it is read again the next time
+                    os.utime(self.path(name), ns=(status.st_atime_ns, exported))
+
+    def verify(self) -> None:
+        """As `check`, but reads every file."""
+        for name in self._checked():
+            self._status(name)
+            self._verify(name)
+
+    def _checked(self) -> list[str]:
+        return [name for name in self.manifest.files if not name.startswith(ENGINES)]
+
+    def _status(self, name: str) -> os.stat_result:
+        path = self.path(name)
+        if not path.is_file():
+            raise BundleError(f"{self.root}: {name} is missing; export the bundle again")
+        status = path.stat()
+        if status.st_size != self.manifest.files[name].size:
+            raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
+        return status
+
+    def _verify(self, name: str) -> None:
+        if sha256_of(self.path(name)) != self.manifest.files[name].sha256:
+            raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
 
 
 def open_bundle(root: Path) -> Bundle:

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +49,17 @@ def check_folder(folder: Path) -> None:
     existing = folder if folder.exists() else _existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"{folder}: {existing} is not a folder that can be written; choose another")
+
+
+def check_space(target: Path, needs: Mapping[str, int]) -> None:
+    """Raises OutputError unless the disk of `target` has as many bytes free as all `needs`, by what needs them."""
+    free, total = shutil.disk_usage(_existing_parent(target)).free, sum(needs.values())
+    if total > free:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
+        raise OutputError(
+            f"{target}: takes up to {total / 1e9:.1f} GB ({parts}), the disk has {free / 1e9:.1f} GB free; "
+            "free some space or choose another folder"
+        )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -19,15 +19,15 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from ttt_video_engine.export.source import CheckpointSource
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.source import CheckpointSource, Component
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.reference.checkpoint import (
-    load_strictly,
+    check_fit,
     text_encoder_weights,
     transformer_weights,
     vae_weights,
 )
-from ttt_video_engine.reference.initialise import seeded
+from ttt_video_engine.reference.initialise import described, seeded
 from ttt_video_engine.reference.rope import rotary_angles
 from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_state
 from ttt_video_engine.reference.transformer import DiffusionTransformer
@@ -51,6 +51,10 @@ class Evil:
 
 def transformer_state() -> State:
     return seeded(lambda: DiffusionTransformer(tiny("mlp").transformer), 5).state_dict()
+
+
+def transformer_of(weights: StoredState) -> DiffusionTransformer:
+    return Component(lambda: DiffusionTransformer(tiny("mlp").transformer), weights, "a file").load()
 
 
 def stored(state: State) -> StoredState:
@@ -96,15 +100,13 @@ def test_a_transformer_from_pt_of_before_zip_archives(tmp_path: Path) -> None:
 def test_a_transformer_from_safetensors(tmp_path: Path) -> None:
     state = transformer_state()
     save_file({f"dit.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
-    loaded = DiffusionTransformer(tiny("mlp").transformer)
-    load_strictly(loaded, transformer_weights(open_state(tmp_path / "model.safetensors")), tmp_path)
-    assert same(loaded.state_dict(), state)
+    weights = transformer_weights(open_state(tmp_path / "model.safetensors"))
+    assert same(transformer_of(weights).state_dict(), state)
 
 
 def test_weights_stored_in_bfloat16_are_loaded_as_float32(tmp_path: Path) -> None:
     state = {name: value.bfloat16() for name, value in transformer_state().items()}
-    loaded = DiffusionTransformer(tiny("mlp").transformer)
-    load_strictly(loaded, stored(state), tmp_path)
+    loaded = transformer_of(stored(state))
     assert same(loaded.state_dict(), {name: value.float() for name, value in state.items()})
 
 
@@ -115,7 +117,7 @@ def test_the_vae_file_holds_more_than_the_decoder(tmp_path: Path) -> None:
     content = {"state_dict": others | {f"decoder.{name}": value for name, value in state.items()}, "epoch": 1}
     torch.save(content, tmp_path / "vae/3d-vae.pt")
     assert same(read(vae_weights(open_state(tmp_path / "vae/3d-vae.pt"), tiny("linear").vae)), state)
-    assert same(CheckpointSource(tiny("linear"), tmp_path).vae_decoder().state_dict(), state)
+    assert same(CheckpointSource(tiny("linear"), tmp_path).vae_decoder().load().state_dict(), state)
 
 
 @pytest.mark.parametrize("architecture", [T5EncoderModel, T5ForConditionalGeneration])
@@ -136,7 +138,7 @@ def test_a_t5_of_transformers_is_cut_to_the_vocabulary(
     torch.manual_seed(0)
     published = architecture(config).eval()
     published.save_pretrained(tmp_path / "text_encoder")
-    encoder = CheckpointSource(tiny("linear"), tmp_path).text_encoder()
+    encoder = CheckpointSource(tiny("linear"), tmp_path).text_encoder().load()
 
     scene_tokens = [sizes.vocab_size - 2, sizes.vocab_size - 1]
     ids = torch.tensor([[5, 17, 1, 0, 0], [*scene_tokens, 3, 1, 0]])
@@ -154,25 +156,23 @@ def test_a_t5_with_too_few_rows_is_refused() -> None:
 
 
 def test_names_that_do_not_fit_are_listed() -> None:
-    module = DiffusionTransformer(tiny("linear").transformer)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    state = {name: value + 1 for name, value in before.items()}
+    module = described(lambda: DiffusionTransformer(tiny("linear").transformer))
+    state = {name: torch.ones(value.shape) for name, value in module.state_dict().items()}
     del state["time_embed.0.bias"]
     state["final_layer.gain"] = torch.ones(1)
     state["layers.0.seq_modeling_block.q.weight"] = torch.ones(3, 4)
     with pytest.raises(CheckpointError) as caught:
-        load_strictly(module, stored(state), Path("model.pt"))
+        check_fit(stored(state), module, Path("model.pt"))
     assert str(caught.value) == (
         "model.pt: does not fit the model: 1 missing: time_embed.0.bias; 1 unexpected: final_layer.gain; "
         "1 misshapen: layers.0.seq_modeling_block.q.weight [3, 4] (must be [64, 64]); "
         "check the config and the checkpoint's stage"
     )
-    assert same(module.state_dict(), before), "a checkpoint that does not fit must not be loaded in part"
 
 
 def test_many_names_are_counted() -> None:
     with pytest.raises(CheckpointError) as caught:
-        load_strictly(torch.nn.Sequential(*[torch.nn.Linear(1, 1) for _ in range(4)]), {}, Path("model.pt"))
+        check_fit({}, torch.nn.Sequential(*[torch.nn.Linear(1, 1) for _ in range(4)]), Path("model.pt"))
     assert "8 missing: 0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 3 more" in str(caught.value)
 
 
@@ -349,7 +349,7 @@ def test_numbers_that_are_no_weights_are_refused() -> None:
     module = torch.nn.Linear(2, 2)
     state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}
     with pytest.raises(CheckpointError, match=r"1 of a wrong dtype: weight torch\.int8"):
-        load_strictly(module, stored(state), Path("model.pt"))
+        check_fit(stored(state), module, Path("model.pt"))
 
 
 # Hugging Face's CogVideoX
@@ -376,7 +376,7 @@ def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
     ).eval()
     peer.save_pretrained(tmp_path / "transformer")
     lines: list[str] = []
-    transformer = CheckpointSource(tiny("linear"), tmp_path, seed=3, report=lines.append).transformer()
+    transformer = CheckpointSource(tiny("linear"), tmp_path, seed=3, report=lines.append).transformer().load()
     assert lines == [f"{tmp_path / 'transformer'}: has no TTT layers; they are made fresh, untrained, from seed 3"]
     for name, value in transformer.state_dict().items():
         if name.endswith("gating_alpha"):
@@ -405,7 +405,7 @@ def test_a_cogvideox_vae_of_diffusers(tmp_path: Path) -> None:
         sample_width=96,
     ).eval()
     peer.save_pretrained(tmp_path / "vae")
-    decoder = CheckpointSource(tiny("linear"), tmp_path).vae_decoder()
+    decoder = CheckpointSource(tiny("linear"), tmp_path).vae_decoder().load()
     latents = torch.randn(1, 16, 5, 8, 12)
     with torch.no_grad():
         found = torch.cat(list(decoder.decode(latents * config.scale_factor)), dim=2)
@@ -427,6 +427,6 @@ def test_every_format_makes_the_same_weights(tmp_path: Path) -> None:
         folder = tmp_path / name / "transformer"
         folder.mkdir(parents=True)
         write(folder)
-        transformer = CheckpointSource(tiny("mlp"), tmp_path / name).transformer()
-        digests.add(sha256_of(weight_file(transformer.state_dict(), tmp_path / f"{name}.data", write=True).path))
+        transformer = CheckpointSource(tiny("mlp"), tmp_path / name).transformer().load()
+        digests.add(sha256_of(write_module(transformer, tmp_path / f"{name}.data").path))
     assert len(digests) == 1

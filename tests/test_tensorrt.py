@@ -1,8 +1,8 @@
 """Plans built for GPUs that are not here: nothing is mocked, TensorRT-RTX compiles every one of them."""
 
-import copy
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -23,11 +23,12 @@ from ttt_video_engine.engines.tensorrt.plan import (
 )
 from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import graph as onnx_graph
-from ttt_video_engine.export.build import TORCH_DTYPES, WEIGHTS_FILE
-from ttt_video_engine.export.components import Graph, text_encoder_graph, transformer_graph, vae_graphs
+from ttt_video_engine.export.build import WEIGHTS_FILE
+from ttt_video_engine.export.components import Graph, graphs_of, text_encoder_graph, transformer_graph
+from ttt_video_engine.export.graph import TORCH_DTYPES
 from ttt_video_engine.export.plans import build_plans, profiles
 from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import weight_file
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
 from ttt_video_engine.runtime.config import DType, TTTKind
 from ttt_video_engine.runtime.errors import EngineError
@@ -50,12 +51,10 @@ def request(
     """To build a graph that is exported into `folder` when it is not there yet."""
     path = folder / graph.file
     if not path.exists():
-        module = copy.deepcopy(graph.module).to(TORCH_DTYPES[dtype])
         path.parent.mkdir(parents=True, exist_ok=True)
         shared = path.with_name(WEIGHTS_FILE)
-        weights = weight_file(module.state_dict(), shared, write=not shared.exists())
-        traced = onnx_graph.trace(module, graph.inputs_as(TORCH_DTYPES[dtype]), graph.outputs, graph.ttt)
-        onnx_graph.save(traced, path, weights, graph.ttt)
+        weights = write_module(graph.module, shared)
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
     inputs, outputs = onnx_graph.read_signature(path)
     return BuildRequest(
         graph=graph.name,
@@ -91,7 +90,7 @@ def built(request: BuildRequest, folder: Path) -> PlanEntry:
 def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dtype: DType) -> None:
     model = tiny(ttt)
     config = model.transformer
-    graph = transformer_graph(SeededSource(model, seed=0).transformer(), model, "3s")
+    graph = transformer_graph(SeededSource(model, seed=0).transformer().load().to(TORCH_DTYPES[dtype]), model, "3s")
     scans = Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
     for gpu in GPUS:
         entry = built(request(tmp_path, graph, dtype, gpu, scans=scans), tmp_path)
@@ -111,13 +110,9 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_components_around_it(tmp_path: Path, dtype: DType) -> None:
     model, source = tiny("linear"), SeededSource(tiny("linear"), seed=0)
-    size = model.clip_size("3s")
-    graphs = (
-        text_encoder_graph(source.text_encoder(), vocab_size=model.text_encoder.vocab_size),
-        *vae_graphs(source.vae_decoder(), height=size.height, width=size.width),
-    )
-    for graph in graphs:
-        for gpu in GPUS:
+    for component in (source.text_encoder(), source.vae_decoder()):
+        graphs = graphs_of(component.load().to(TORCH_DTYPES[dtype]), model, ["3s"])
+        for graph, gpu in product(graphs, GPUS):
             entry = built(request(tmp_path, graph, dtype, gpu), tmp_path)
             assert entry.plugins == {} and entry.fallback == ""
 
@@ -126,7 +121,7 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
     model = tiny("linear")
     transformer = replace(model.transformer, model_dim=96, num_heads=2, num_layers=1)  # heads of 48
     odd = replace(model, transformer=transformer)
-    graph = transformer_graph(SeededSource(odd, seed=0).transformer(), odd, "3s")
+    graph = transformer_graph(SeededSource(odd, seed=0).transformer().load().half(), odd, "3s")
     entry = built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 48, count=2)), tmp_path)
     assert entry.plugins == {} and entry.fallback == "kernels take heads of 16, 32, 64, 128, not 48"
     assert not (tmp_path / KERNELS).exists()
@@ -134,7 +129,8 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
 
 def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
     model = tiny("linear")
-    graph = text_encoder_graph(SeededSource(model, seed=0).text_encoder(), vocab_size=model.text_encoder.vocab_size)
+    encoder = SeededSource(model, seed=0).text_encoder().load().half()
+    graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
     with pytest.raises(EngineError, match="made 0 plugin layers of 4 TTT nodes"):
         built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 16, count=4)), tmp_path)
     whole = request(tmp_path, graph, "float16", "sm_89")

@@ -1,0 +1,95 @@
+"""Whether a bundle is the one that was exported: told at once where times say so, by its digests where they do not."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ttt_video_engine.runtime import bundle as bundles
+from ttt_video_engine.runtime.bundle import MANIFEST, open_bundle
+from ttt_video_engine.runtime.errors import BundleError
+
+WEIGHTS = "transformer/model.onnx_data"
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose digests were taken."""
+    names: list[str] = []
+    real = bundles.sha256_of
+
+    def noted(path: Path) -> str:
+        names.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(bundles, "sha256_of", noted)
+    return names
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_was_not_touched_is_not_read(bundle: Path, read: list[str]) -> None:
+    opened = open_bundle(bundle)
+    opened.check()
+    assert read == []
+    opened.verify()
+    assert len(read) == len(opened.manifest.files)
+
+
+def test_a_copy_is_read_once(bundle: Path, tmp_path: Path, read: list[str]) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy", copy_function=shutil.copyfile))
+    newer = (copy / MANIFEST).stat().st_mtime_ns + 10**9
+    os.utime(copy / WEIGHTS, ns=(newer, newer))
+    open_bundle(copy).check()
+    assert "model.onnx_data" in read
+    read.clear()
+    open_bundle(copy).check()
+    assert read == []
+
+
+def test_a_change_is_found_by_its_time(bundle: Path, read: list[str]) -> None:
+    change(bundle / WEIGHTS)
+    with pytest.raises(BundleError, match=f"{WEIGHTS} has changed since the export; export the bundle again"):
+        open_bundle(bundle).check()
+    assert read == ["model.onnx_data"]
+
+
+def test_a_change_that_hides_its_time_is_found_by_verifying(bundle: Path) -> None:
+    times = (bundle / WEIGHTS).stat()
+    change(bundle / WEIGHTS)
+    os.utime(bundle / WEIGHTS, ns=(times.st_atime_ns, times.st_mtime_ns))
+    opened = open_bundle(bundle)
+    opened.check()
+    with pytest.raises(BundleError, match=f"{WEIGHTS} has changed since the export"):
+        opened.verify()
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_what_is_cut_or_missing_is_refused_unread(bundle: Path, read: list[str], damage: str) -> None:
+    if damage == "cut":
+        os.truncate(bundle / WEIGHTS, 100)
+    else:
+        (bundle / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=f"{WEIGHTS} (has changed since the export|is missing)"):
+        open_bundle(bundle).check()
+    assert read == []
+
+
+def test_a_folder_that_cannot_be_written_is_read_every_time(
+    bundle: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = (bundle / MANIFEST).stat().st_mtime_ns + 10**9
+    os.utime(bundle / WEIGHTS, ns=(newer, newer))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    for _ in range(2):
+        open_bundle(bundle).check()
+    assert read == ["model.onnx_data"] * 2

@@ -1,0 +1,126 @@
+"""Weight files: laid out once, written a tensor at a time, gone on with after a kill, held to what they were to be."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+from torch import Tensor
+
+from ttt_video_engine.export import journal, weights
+from ttt_video_engine.export.weights import ALIGNMENT, lay_out, write_weights
+from ttt_video_engine.reference.stored import StoredState, StoredTensor, held
+from ttt_video_engine.runtime.errors import CheckpointError, OutputError
+from ttt_video_engine.runtime.files import sha256_of
+
+TENSORS = {f"layer.{i}": torch.randn(40, 60 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)}
+KEY = {"origin": "a checkpoint"}
+
+
+class Killed(BaseException):
+    """What ends a run at a place of our choice."""
+
+
+def stopping_at(name: str | None, reads: list[str]) -> StoredState:
+    """The tensors; reading one is noted, and that of `name` ends the run."""
+
+    def reader(of: str) -> StoredTensor:
+        def read() -> Tensor:
+            if of == name:
+                raise Killed
+            reads.append(of)
+            return TENSORS[of]
+
+        return StoredTensor(tuple(TENSORS[of].shape), torch.float32, read)
+
+    return {of: reader(of) for of in TENSORS}
+
+
+def write(state: StoredState, path: Path, key: dict[str, str] = KEY, dtype: torch.dtype = torch.float32) -> str:
+    file = lay_out(state, path, dtype)
+    entry = write_weights(state, file, dtype, key)
+    assert entry.sha256 == sha256_of(path) and entry.size == file.size == path.stat().st_size
+    assert not list(path.parent.glob("*.journal"))
+    return entry.sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = held(TENSORS)
+    write(state, tmp_path / "weights", dtype=dtype)
+    content = (tmp_path / "weights").read_bytes()
+    for name, (offset, length) in lay_out(state, tmp_path / "weights", dtype).places.items():
+        assert offset % ALIGNMENT == 0
+        found = torch.frombuffer(bytearray(content[offset : offset + length]), dtype=dtype)
+        assert torch.equal(found.view(TENSORS[name].shape), TENSORS[name].to(dtype))
+
+
+def test_names_of_one_tensor_share_a_place(tmp_path: Path) -> None:
+    state = held({"shared": TENSORS["layer.0"], "other": TENSORS["layer.1"], "embed_tokens": TENSORS["layer.0"]})
+    places = lay_out(state, tmp_path / "weights", torch.float32).places
+    assert places["shared"] == places["embed_tokens"] != places["other"]
+
+
+@pytest.mark.parametrize("stop", ["layer.1", "layer.4", "layer.7"])
+def test_a_stopped_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    monkeypatch.setattr(weights, "NOTE_EVERY", 1)
+    whole = write(held(TENSORS), tmp_path / "whole")
+    before: list[str] = []
+    with pytest.raises(Killed):
+        write(stopping_at(stop, before), tmp_path / "weights")
+    after: list[str] = []
+    assert write(stopping_at(None, after), tmp_path / "weights") == whole
+    assert before + after == list(TENSORS), "nothing is read twice"
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "cut", "other key", "no journal", "no json"])
+def test_what_cannot_be_vouched_for_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(weights, "NOTE_EVERY", 1)
+    path = tmp_path / "weights"
+    with pytest.raises(Killed):
+        write(stopping_at("layer.4", []), path)
+    content = bytearray(path.read_bytes())
+    if damage == "other bytes":
+        content[100] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:100])
+    elif damage == "no journal":
+        journal.journal_of(path).unlink()
+    elif damage == "no json":
+        journal.journal_of(path).write_bytes(b"{")
+    reads: list[str] = []
+    key = {"origin": "another"} if damage == "other key" else KEY
+    assert write(stopping_at(None, reads), path, key) == write(held(TENSORS), tmp_path / "whole")
+    assert reads == list(TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (70000.0, torch.float16, r"layer\.3: has values that torch\.float16 cannot hold; .* with another --dtype"),
+        (float("nan"), torch.bfloat16, r"layer\.3: has values that are no numbers; fetch the checkpoint again"),
+        (float("inf"), torch.float32, r"layer\.3: has values that are no numbers"),
+    ],
+)
+def test_values_that_would_be_lost_are_refused(tmp_path: Path, value: float, dtype: torch.dtype, message: str) -> None:
+    damaged = TENSORS["layer.3"].clone()
+    damaged[7, 7] = value
+    state = held({**TENSORS, "layer.3": damaged})
+    with pytest.raises(CheckpointError, match=message):
+        write(state, tmp_path / "weights", dtype=dtype)
+
+
+def test_a_disk_that_gives_back_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torn(journal.Journal):
+        def note(self, out: BinaryIO, end: int, sha256: str) -> None:
+            super().note(out, end, sha256)
+            out.seek(5000)
+            out.write(b"torn")
+            out.seek(end)
+
+    monkeypatch.setattr(weights, "Journal", Torn)
+    with pytest.raises(OutputError, match="does not hold what was written to it; check the disk"):
+        write(held(TENSORS), tmp_path / "weights")

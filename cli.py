@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from msgspec.structs import replace
 
-from ttt_video_engine.runtime.config import DType, LengthName, TTTKind, read_config
+from ttt_video_engine.runtime.config import LengthName, Precision, TTTKind
+from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.errors import ConfigError, TTTVideoError
-from ttt_video_engine.runtime.presets import preset as named_preset
 from ttt_video_engine.runtime.settings import Guidance, Sampler
 
 if TYPE_CHECKING:
@@ -28,15 +28,6 @@ app = typer.Typer(
 
 
 EngineName = Literal["onnxruntime", "tensorrt"]
-Precision = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-_DTYPES: dict[Precision, DType] = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder made by export.", show_default=False)]
@@ -46,23 +37,29 @@ ProviderName = Literal["cpu", "cuda", "tensorrt"]
 @app.command()
 def export(
     output: Annotated[Path, typer.Option(help="Bundle to make or update.", show_default=False)],
-    preset: Annotated[str | None, typer.Option(help="tiny (the default), debug or 5B.", show_default=False)] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny, debug or 5B.", show_default="tiny")] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with the sizes, in place of a preset.")] = None,
-    length: Annotated[list[str], typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.")] = ["9s"],  # noqa: B006
-    dtype: Annotated[
-        Precision, typer.Option("--dtype", "--precision", help="Precision of weights and activations.")
-    ] = "float32",
-    ttt: Annotated[
-        TTTKind | None,
-        typer.Option(help="Inner model of the preset's TTT layers; linear by default.", show_default=False),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with options and sizes; options given here go before it.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the preset's where not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights, and of TTT layers a checkpoint lacks.", min=0)] = 0,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.", show_default="9s"),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option("--dtype", "--precision", help="Precision of weights and activations.", show_default="float32"),
+    ] = None,
+    ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of random weights, and of TTT layers a checkpoint lacks.", min=0, show_default="0"),
+    ] = None,
     engine: Annotated[EngineName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
     gpu: Annotated[
         list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
@@ -78,11 +75,10 @@ def export(
     """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference, and to TensorRT engines."""
     if (engine == "tensorrt") != bool(gpu):
         raise ConfigError("--engine tensorrt and --gpu go together: name the architectures to compile for, as sm_89")
-    if config is not None and (preset is not None or ttt is not None):
-        raise ConfigError("--config names every size itself: leave out --preset and --ttt")
-    model = named_preset(preset or "tiny", ttt or "linear") if config is None else read_config(config)
-    asked = {"width": width, "height": height}
-    model = replace(model, **{name: pixels for name, pixels in asked.items() if pixels is not None})
+    chosen = resolve_config(
+        config, preset=preset, ttt=ttt, lengths=length, dtype=dtype, width=width, height=height, seed=seed
+    )
+    model = chosen.model
 
     from ttt_video_engine.engines.tensorrt.plan import BuildSettings
     from ttt_video_engine.export.build import PlanRequest, export_bundle
@@ -97,10 +93,12 @@ def export(
     )
     with ProgressDisplay(passing=True) as display:
         source = (
-            SeededSource(model, seed) if checkpoint is None else CheckpointSource(model, checkpoint, seed, display.line)
+            SeededSource(model, chosen.seed)
+            if checkpoint is None
+            else CheckpointSource(model, checkpoint, chosen.seed, display.line)
         )
         plans = PlanRequest(tuple(dict.fromkeys(gpu or ())), settings, display.update)
-        export_bundle(source, output, length, _DTYPES[dtype], display.line, plans)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans)
     typer.echo(f"bundle: {output}")
 
 

@@ -4,10 +4,8 @@ Every struct is frozen and checks itself when it is made, so a config that exist
 Sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
 """
 
-from pathlib import Path
 from typing import Literal
 
-import msgspec
 from msgspec import Struct, field
 
 from ttt_video_engine.runtime.errors import ConfigError
@@ -15,6 +13,16 @@ from ttt_video_engine.runtime.errors import ConfigError
 TTTKind = Literal["linear", "mlp"]
 DType = Literal["float32", "float16", "bfloat16"]
 """Precision of weights and activations."""
+Precision = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
+DTYPES: dict[Precision, DType] = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
+"""What a dtype may be called → its name."""
 LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
 
 SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}
@@ -187,13 +195,3 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 def _require(condition: bool, name: str, value: object, cure: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}: {cure}")
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The model of a TOML file with the fields of `ModelConfig`. Raises ConfigError naming the file and the field."""
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=ModelConfig)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; see docs/formats.md for the fields") from error

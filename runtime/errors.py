@@ -3,6 +3,9 @@
 `cli.py` is the one place that turns them into output; `exit_code` is what it ends with.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class TTTVideoError(Exception):
     """Base of every error raised on purpose."""
@@ -38,3 +41,10 @@ class CheckFailed(TTTVideoError):
     """A check that ran and did not hold, such as parity over tolerance."""
 
     exit_code = 1
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The cure for an unknown name: the nearest known one, or all of them where none is near."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"

@@ -4,7 +4,6 @@ A video is a list of scenes, `[{"text": …, "requires_scene_transition": …, "
 video or a list of videos, a `.jsonl` file one video a line.
 """
 
-import difflib
 import json
 import textwrap
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
-from ttt_video_engine.runtime.errors import StoryboardError
+from ttt_video_engine.runtime.errors import StoryboardError, hint
 
 _A_VIDEO = 'a video is a list of scenes, [{"text": "…"}, …]'
 
@@ -159,9 +158,7 @@ def _scene(value: object, where: str) -> Scene:
         raise StoryboardError(f'{where}: found {_shown(value)}; must be an object such as {{"text": "…"}}')
     for name in value:
         if name not in Scene.__struct_fields__:
-            nearest = difflib.get_close_matches(name, Scene.__struct_fields__, n=1, cutoff=0.5)
-            cure = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(Scene.__struct_fields__)}"
-            raise StoryboardError(f"{where}: unknown field {_shown(name)}; {cure}")
+            raise StoryboardError(f"{where}: unknown field {_shown(name)}; {hint(name, Scene.__struct_fields__)}")
     if "text" not in value:
         raise StoryboardError(f"{where}, text: missing; say what the scene shows")
     # A null stands for the default.

@@ -161,7 +161,6 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_first_step(
         (("--preset", "5B"), "preset is '5B': has no weights of its own; give --checkpoint"),
         (("--config", "absent.toml"), "absent.toml: cannot be read (No such file or directory)"),
         (("--checkpoint", "absent"), "absent: is no folder"),
-        (("--config", "sizes.toml", "--ttt", "mlp"), "--config names every size itself: leave out --preset and --ttt"),
     ],
 )
 def test_an_export_that_cannot_be_made_is_refused(
@@ -169,17 +168,6 @@ def test_an_export_that_cannot_be_made_is_refused(
 ) -> None:
     assert expected in error_line(run("export", "--output", tmp_path / "bundle", *options))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [("width = 3 =", "sizes.toml: "), ('name = "x"\nsize = 3', "sizes.toml: "), ("name = 3", "at `$.name`")],
-)
-def test_a_file_of_sizes_that_does_not_fit_is_refused(run: Run, tmp_path: Path, content: str, expected: str) -> None:
-    path = tmp_path / "sizes.toml"
-    path.write_text(content)
-    assert expected in error_line(run("export", "--config", path, "--output", tmp_path / "bundle"))
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # Bundles

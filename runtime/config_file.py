@@ -1,0 +1,170 @@
+"""Config files: how to export a model, in TOML, laid over a preset. `docs/formats.md` lists the fields."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ttt_video_engine.runtime import presets
+from ttt_video_engine.runtime.config import (
+    DTYPES,
+    SCENES_PER_LENGTH,
+    DType,
+    LengthName,
+    ModelConfig,
+    Precision,
+    TTTKind,
+)
+from ttt_video_engine.runtime.errors import ConfigError, hint
+
+Table = dict[str, Any]
+
+
+class ExportConfig(Struct, frozen=True, kw_only=True):
+    """What to export. Every length is one that the model can have; `seed` is that of random weights."""
+
+    model: ModelConfig
+    lengths: tuple[str, ...]
+    dtype: DType
+    seed: int
+
+
+def resolve_config(
+    path: Path | None = None,
+    *,
+    preset: str | None = None,
+    ttt: TTTKind | None = None,
+    lengths: Sequence[str] | None = None,
+    dtype: Precision | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    seed: int | None = None,
+) -> ExportConfig:
+    """What is asked for, else what the file at `path` states, else the default.
+
+    The model is the preset, made for the kind of TTT, then the file's fields, then `width` and `height` in pixels.
+    Raises ConfigError, which names the file where there is one, and the field.
+    """
+    table = {} if path is None else _read(path)
+    size = {name: pixels for name, pixels in (("width", width), ("height", height)) if pixels is not None}
+    with _naming(path):
+        stated = msgspec.convert(table, _Stated)
+        kind = _kind(stated, ttt)
+    base = presets.preset(preset or stated.preset or "tiny", kind)
+    fields = {name: value for name, value in table.items() if name in ModelConfig.__struct_fields__}
+    merged = _overlay(msgspec.to_builtins(base), fields | size)
+    merged["transformer"]["ttt"] = kind
+    # Sizes asked for may be what does not fit the file: the error names both.
+    with _naming(path, *(f"--{name} {pixels}" for name, pixels in size.items())):
+        model = msgspec.convert(merged, ModelConfig)
+        chosen = tuple(lengths or stated.lengths or ("9s",))
+        for length in chosen:
+            model.clip_size(length)
+    return ExportConfig(
+        model=model,
+        lengths=chosen,
+        dtype=DTYPES[dtype or stated.dtype or "float32"],
+        seed=next(value for value in (seed, stated.seed, 0) if value is not None),
+    )
+
+
+class _Inner(Struct, frozen=True):
+    """Those fields of the transformer that go with its kind of TTT."""
+
+    ttt: TTTKind | None = None
+    mini_batch_size: int | None = None
+    ttt_base_lr: float | None = None
+
+
+class _Stated(Struct, frozen=True, kw_only=True):
+    """The options of `export` that a file may state; None where it does not."""
+
+    preset: str | None = None
+    ttt: TTTKind | None = None
+    length: LengthName | Annotated[list[LengthName], Meta(min_length=1)] | None = None
+    dtype: Precision | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    transformer: _Inner = _Inner()
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            presets.preset(self.preset)  # raises for a name that is not there
+
+    @property
+    def lengths(self) -> list[LengthName] | None:
+        return self.length if self.length is None or isinstance(self.length, list) else [self.length]
+
+
+def _names(struct: type[Struct]) -> Table:
+    """The fields of a struct, each with those of its own."""
+    nested = ((field.name, field.type) for field in msgspec.structs.fields(struct))
+    return {name: _names(kind) if isinstance(kind, type) and issubclass(kind, Struct) else {} for name, kind in nested}
+
+
+_KNOWN = _names(_Stated) | _names(ModelConfig) | {"text_lengths": {length: {} for length in SCENES_PER_LENGTH}}
+
+
+def _read(path: Path) -> Table:
+    """The content of a file in which every name is known."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8-sig"))  # some editors put a byte order mark first
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested a thousand deep
+        raise ConfigError(f"{path}: is not TOML ({error}); see docs/formats.md") from error
+    with _naming(path):
+        _check_names(table, _KNOWN, "")
+    return table
+
+
+def _check_names(table: Table, known: Mapping[str, Table], place: str) -> None:
+    for name, value in table.items():
+        if name not in known:
+            # repr: a name in quotes may hold a line break.
+            raise ConfigError(f"{place}{repr(name)[1:-1]} is unknown; {hint(name, known)}")
+        if isinstance(value, dict) and known[name]:
+            _check_names(value, known[name], f"{place}{name}.")
+
+
+def _kind(stated: _Stated, asked: TTTKind | None) -> TTTKind:
+    """The kind of TTT: asked for, stated, or linear. Raises ConfigError where the file states values of another."""
+    inner = stated.transformer
+    if stated.ttt and inner.ttt and stated.ttt != inner.ttt:
+        raise ConfigError(f"ttt is {stated.ttt!r} and transformer.ttt is {inner.ttt!r}; leave one out")
+    own = stated.ttt or inner.ttt or "linear"
+    kind = asked or own
+    for name in ("mini_batch_size", "ttt_base_lr"):
+        value = getattr(inner, name)
+        if kind != own and value is not None:
+            cure = f'leave it or --ttt out, or state ttt = "{kind}" in the file, with values for it'
+            raise ConfigError(f"transformer.{name} is {value} for ttt {own}, and --ttt is {kind}; {cure}")
+    return kind
+
+
+def _overlay(base: Table, over: Table) -> Table:
+    """`base` with what `over` states; tables field by field.
+
+    But text_lengths as a whole: the lengths of the base need not fit the sizes of the file.
+    """
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict) and name != "text_lengths"
+        merged[name] = _overlay(base[name], value) if both else value
+    return merged
+
+
+@contextmanager
+def _naming(path: Path | None, *options: str) -> Iterator[None]:
+    """Makes what is wrong a ConfigError that starts with the file, and with the options that go before it."""
+    place = "" if path is None else f"{', '.join((str(path), *options))}: "
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from error
+    except msgspec.ValidationError as error:
+        cure = "" if isinstance(error.__cause__, ConfigError) else "; see docs/formats.md for the fields"
+        raise ConfigError(f"{place}{error}{cure}") from error

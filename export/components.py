@@ -56,6 +56,7 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
         outputs=("velocity",),
         ttt=model.transformer.ttt,
         length=length,
+        layers="transformer.layers",
     )
 
 

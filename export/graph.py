@@ -14,6 +14,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from ttt_video_engine.export.repeat import TRACED, repeat_last_layer, shortened
 from ttt_video_engine.export.ttt_op import DOMAIN, add_function_body, scans_as_nodes
 from ttt_video_engine.export.weights import WeightFile
 from ttt_video_engine.runtime.config import DType, TTTKind
@@ -58,7 +59,8 @@ class Graph:
     """One graph to be exported: a module with named inputs and outputs.
 
     Weights and inputs are looked at for their shapes and dtypes alone, so that they may be hollow. `ttt` is the kind of
-    its TTT nodes where it has some, `length` that of the clips where it depends on one.
+    its TTT nodes where it has some, `length` that of the clips where it depends on one, `layers` the name of the layers
+    in the module where all are alike.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Graph:
     outputs: tuple[str, ...]
     ttt: TTTKind | None = None
     length: str = "any"
+    layers: str = ""
 
     @property
     def component(self) -> str:
@@ -76,7 +79,23 @@ class Graph:
 
 
 def trace(graph: Graph) -> ir.Model:
-    """A graph of standard operators and TTT nodes; weights keep their names in the module."""
+    """A graph of standard operators and TTT nodes; weights keep their names in the module.
+
+    Those of layers that were not traced but repeated (`repeat.py`) are without their values.
+    """
+    with shortened(graph.module, graph.layers) as num_layers:
+        model = _traced(graph)
+    if num_layers > TRACED:
+        repeat_last_layer(model, f"{graph.layers}.", num_layers)
+        passes.NameFixPass()(model)
+    _name_scans(model)
+    model.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
+    return model
+
+
+def _traced(graph: Graph) -> ir.Model:
     module, inputs = graph.module, graph.inputs
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
     nodes = nullcontext() if graph.ttt is None else scans_as_nodes(module, graph.ttt)
@@ -97,10 +116,6 @@ def trace(graph: Graph) -> ir.Model:
             raise RuntimeError("the exporter returned no program")
         model = program.model
         _simplify(model, weights=set(module.state_dict()))
-    _name_scans(model)
-    model.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
     return model
 
 

@@ -6,7 +6,7 @@ CONSTRAINTS := --constraint requirements-dev.lock
 BUNDLE := bundles/tiny
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-export clean
 
 demo: $(VENV)  ## tiny random weights, from export to mp4
 	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
@@ -21,6 +21,9 @@ test: $(VENV)
 
 bench: $(VENV)
 	$(BIN)/python benchmarks/run.py
+
+bench-export: $(VENV)  ## a full-size transformer, 34 GB of disk for a few minutes
+	$(BIN)/python benchmarks/export.py
 
 clean:
 	rm -rf .venv bundles output build dist *.egg-info

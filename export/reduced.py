@@ -21,7 +21,7 @@ MOST_MATRICES = 1 << 27
 """Layers times squared width: beyond it a component takes gigabytes and a step minutes."""
 
 LAYERS = 2
-FEWEST_TOKENS = 16
+FEWEST_TOKENS = 8
 """Of a scene's text: room for the scene tokens and the end of the text."""
 
 _LAST_LAYER = re.compile(rf"\b(layers|encoder\.block)\.{LAYERS - 1}\.")

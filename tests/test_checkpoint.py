@@ -4,23 +4,19 @@ import dataclasses
 import json
 import os
 import pickle
-import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from huggingface_hub import split_torch_state_dict_into_shards
+from formats import save_distributed, save_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from ttt_video_engine.export.source import CheckpointSource, Component
-from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.reference.checkpoint import (
     check_fit,
     text_encoder_weights,
@@ -33,7 +29,6 @@ from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_st
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.errors import CheckpointError
-from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.presets import tiny
 
 State = dict[str, Tensor]
@@ -227,26 +222,14 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path: Path) -> None:
 # Shards
 
 
-def in_shards(state: State, folder: Path) -> None:
-    """As transformers and diffusers write them."""
-    plan = split_torch_state_dict_into_shards(
-        state, max_shard_size="200KB", filename_pattern="model{suffix}.safetensors"
-    )
-    assert len(plan.filename_to_tensors) > 2
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, folder / file)
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def test_a_transformer_in_shards(tmp_path: Path) -> None:
+def test_a_transformer_save_shards(tmp_path: Path) -> None:
     state = transformer_state()
-    in_shards({f"dit.{name}": value for name, value in state.items()}, tmp_path)
+    save_shards({f"dit.{name}": value for name, value in state.items()}, tmp_path)
     assert same(read(transformer_weights(open_state(tmp_path))), state)
 
 
 def test_shards_that_are_not_whole(tmp_path: Path) -> None:
-    in_shards(transformer_state(), tmp_path)
+    save_shards(transformer_state(), tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     whole = json.loads(index.read_bytes())
     name, shard = next(iter(whole["weight_map"].items()))
@@ -332,12 +315,6 @@ def test_code_in_the_table_of_a_distributed_checkpoint_does_not_run(tmp_path: Pa
     assert marker.exists(), "the table must be one that would have run its code"
 
 
-def save_distributed(content: dict[str, object], folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is only one process
-        distributed.save(content, checkpoint_id=folder, no_dist=True)
-
-
 def message_of_folder(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_state(folder)
@@ -411,22 +388,3 @@ def test_a_cogvideox_vae_of_diffusers(tmp_path: Path) -> None:
         found = torch.cat(list(decoder.decode(latents * config.scale_factor)), dim=2)
         expected = peer.decode(latents).sample
     assert (found - expected).abs().max() < 1e-4
-
-
-def test_every_format_makes_the_same_weights(tmp_path: Path) -> None:
-    """Down to the bytes of the file that a bundle has."""
-    state = {f"dit.{name}": value for name, value in transformer_state().items()}
-    formats: dict[str, Callable[[Path], object]] = {
-        "pt": lambda folder: torch.save({"model": state}, folder / "model.pt"),
-        "safetensors": lambda folder: save_file(state, folder / "model.safetensors"),
-        "shards": lambda folder: in_shards(state, folder),
-        "distributed": lambda folder: save_distributed({"model": state}, folder),
-    }
-    digests = set()
-    for name, write in formats.items():
-        folder = tmp_path / name / "transformer"
-        folder.mkdir(parents=True)
-        write(folder)
-        transformer = CheckpointSource(tiny("mlp"), tmp_path / name).transformer().load()
-        digests.add(sha256_of(write_module(transformer, tmp_path / f"{name}.data").path))
-    assert len(digests) == 1

@@ -43,7 +43,7 @@ def test_the_full_model_keeps_widths_scenes_and_frames(ttt: str) -> None:
     for length in whole.text_lengths:
         of_part, of_whole = part.clip_size(length), whole.clip_size(length)
         assert (of_part.num_scenes, of_part.num_frames) == (of_whole.num_scenes, of_whole.num_frames)
-        assert of_part.num_tokens(2) < 3100
+        assert of_part.num_tokens(2) < 2000
 
 
 def test_the_last_layer_of_a_part_is_the_last_of_the_whole() -> None:
@@ -115,5 +115,5 @@ def test_a_wrong_weight_at_the_end_of_the_file_is_found(large: ModelConfig, tmp_
     with file.path.open("r+b") as out:
         out.seek(offset)
         out.write(torch.randn(length // 4).numpy().tobytes())
-    with pytest.raises(CheckFailed, match=r"transformer-9s: parity on random, batch 2: error .* is over 1e-04"):
+    with pytest.raises(CheckFailed, match=r"transformer-9s: parity on random, batch 1: error .* is over 1e-04"):
         held(gate, graph, file)

@@ -1,0 +1,49 @@
+"""The formats that checkpoints come in, written by the libraries that write them."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed import checkpoint as distributed
+
+State = dict[str, Tensor]
+
+
+def save_pickled(state: State, folder: Path) -> None:
+    torch.save({"model": state}, folder / "model.pt")
+
+
+def save_safetensors(state: State, folder: Path) -> None:
+    save_file(state, folder / "model.safetensors")
+
+
+def save_shards(state: State, folder: Path) -> None:
+    """As transformers and diffusers write them."""
+    plan = split_torch_state_dict_into_shards(
+        state, max_shard_size="200KB", filename_pattern="model{suffix}.safetensors"
+    )
+    assert len(plan.filename_to_tensors) > 2
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, folder / file)
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def save_distributed(content: Mapping[str, object], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is only one process
+        distributed.save(dict(content), checkpoint_id=folder, no_dist=True)
+
+
+FORMATS: dict[str, Callable[[State, Path], None]] = {
+    "pickled": save_pickled,
+    "safetensors": save_safetensors,
+    "shards": save_shards,
+    "distributed": save_distributed,
+    "distributed, under model": lambda state, folder: save_distributed({"model": state}, folder),
+}

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file
 
 from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.sampler import sample
 from ttt_video_engine.runtime.schedule import Guidance, guidance_scales, make_schedule
 
 CONFIG = DiffusionConfig()
@@ -50,6 +53,47 @@ def test_zero_snr_keeps_the_cleanest_step() -> None:
     schedule = make_schedule(CONFIG, 50)
     assert_allclose(schedule.alpha_sqrt[-2], trained[19], rtol=1e-12)
     assert_allclose(schedule.train_alpha_sqrt[0], trained[0], rtol=1e-12)
+
+
+def peer(shift: float) -> CogVideoXDDIMScheduler:
+    return CogVideoXDDIMScheduler(
+        beta_start=CONFIG.beta_start,
+        beta_end=CONFIG.beta_end,
+        beta_schedule="scaled_linear",
+        snr_shift_scale=shift,
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_levels_of_training_are_those_of_diffusers(shift: float) -> None:
+    scheduler = peer(shift)
+    scheduler.set_timesteps(50)
+    schedule = make_schedule(DiffusionConfig(shift_scale=shift), 50)
+    assert_allclose(schedule.train_alpha_sqrt**2, scheduler.alphas_cumprod.numpy(), atol=1e-12)
+    assert_array_equal(schedule.timesteps, scheduler.timesteps.numpy())
+
+
+def test_ddim_is_that_of_diffusers() -> None:
+    """With as many steps as training had, both enforce ZeroSNR over the same steps."""
+    scheduler = peer(1.0)
+    scheduler.set_timesteps(1000)
+    noise = np.random.default_rng(0).standard_normal((4, 16), dtype=np.float32)
+    steps = sample(
+        lambda x, timestep: (np.tanh(x), np.tanh(x)),
+        noise,
+        make_schedule(CONFIG, 1000),
+        np.ones(1000),
+        "ddim",
+        lambda: noise,
+    )
+    x = torch.from_numpy(noise)
+    for timestep, step in zip(scheduler.timesteps, steps, strict=True):
+        x = scheduler.step(torch.tanh(x), timestep, x).prev_sample
+        if timestep > 0:  # where diffusers goes to the first of training's levels, and this on to none
+            assert_allclose(step.latents, x.numpy(), atol=1e-4)
 
 
 def test_shift_divides_the_signal_to_noise_ratio() -> None:

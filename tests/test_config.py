@@ -59,7 +59,7 @@ def test_a_shipped_file_is_the_5b_model(path: Path) -> None:
     found = resolve_config(path)
     assert found.model == preset("5B", kind)
     assert inner_of(found.model) == (kind, *INNER[kind])
-    assert (found.lengths, found.dtype, found.seed) == ((path.stem,), "float32", 0)
+    assert (found.lengths, found.dtype, found.seed) == ((path.stem,), "bfloat16", 0)
     tokens = found.model.clip_size(path.stem).num_tokens(found.model.transformer.patch_size)
     assert tokens == NUM_TOKENS[path.stem]
 
@@ -289,12 +289,12 @@ def test_export_takes_a_shipped_file_and_what_goes_before_it(
 ) -> None:
     shipped = ("--config", ROOT / "configs/ttt-mlp/9s.toml", "--checkpoint", tmp_path)
     model = preset("5B", "mlp")
-    assert exported(*shipped) == (model, ("9s",), "float32", 0)
-    assert exported(*shipped, "--length", "63s") == (model, ("63s",), "float32", 0)
-    assert exported(*shipped, "--length", "3s", "--length", "9s", "--dtype", "bf16", "--seed", 5, "--preset", "5B") == (
+    assert exported(*shipped) == (model, ("9s",), "bfloat16", 0)
+    assert exported(*shipped, "--length", "63s") == (model, ("63s",), "bfloat16", 0)
+    assert exported(*shipped, "--length", "3s", "--length", "9s", "--dtype", "fp16", "--seed", 5, "--preset", "5B") == (
         model,
         ("3s", "9s"),
-        "bfloat16",
+        "float16",
         5,
     )
     sized, *_ = exported(*shipped, "--width", 656, "--height", 352, "--ttt", "mlp")

@@ -97,8 +97,8 @@ def export(
             if checkpoint is None
             else CheckpointSource(model, checkpoint, chosen.seed, display.line)
         )
-        plans = PlanRequest(tuple(dict.fromkeys(gpu or ())), settings, display.update)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans)
+        plans = PlanRequest(tuple(dict.fromkeys(gpu or ())), settings)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update)
     typer.echo(f"bundle: {output}")
 
 

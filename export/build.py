@@ -48,11 +48,14 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """TensorRT plans to have in a bundle: for which GPUs, built how. `progress` is told of every step of a build."""
+    """TensorRT plans to have in a bundle: for which GPUs, built how."""
 
     gpus: tuple[str, ...] = ()
     settings: BuildSettings = field(default_factory=BuildSettings)
-    progress: Progress = lambda phase, done, total: None
+
+
+def _no_progress(phase: str, done: int, total: int) -> None:
+    pass
 
 
 def export_bundle(
@@ -62,11 +65,12 @@ def export_bundle(
     dtype: DType,
     report: Report,
     plans: PlanRequest | None = None,
+    progress: Progress = _no_progress,
 ) -> Bundle:
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
     Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
-    came out. Raises CheckFailed where a component is over tolerance. However it ends before the end, `output` is then
+    came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it ends before the end, `output` is then
     as it was, and what was finished waits beside it for the next export.
     """
     plans = plans or PlanRequest()
@@ -79,7 +83,7 @@ def export_bundle(
         source.model.clip_size(length)
     components = components_of(source)
     with writing(output), _staging(output, previous, report) as stage:
-        build = _Build(source, components, dtype, lengths, stage, report)
+        build = _Build(source, components, dtype, lengths, stage, report, progress)
         build.check_space(output, plans.gpus)
         build.tokenizer()
         for name in components:
@@ -103,6 +107,7 @@ class _Build:
     lengths: Sequence[str]
     stage: Stage
     report: Report
+    progress: Progress
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -147,7 +152,7 @@ class _Build:
         """Brings TensorRT's plans into the stage, built or taken over."""
         previous = None if self.stage.previous is None else self.stage.previous.root
         manifest, root = self.manifest(), self.stage.root
-        if build_plans(manifest, root, previous, request.gpus, request.settings, self.report, request.progress):
+        if build_plans(manifest, root, previous, request.gpus, request.settings, self.report, self.progress):
             self.changed = True
 
     def manifest(self) -> Manifest:
@@ -174,7 +179,13 @@ class _Build:
         if entry is None:
             self.report(f"{name}: {file.size:,} bytes of weights")
             file.path.parent.mkdir(exist_ok=True)
-            entry = write_weights(weights, file, TORCH_DTYPES[self.dtype], key)
+            entry = write_weights(
+                weights,
+                file,
+                TORCH_DTYPES[self.dtype],
+                key,
+                lambda written: self.progress(f"{name} MiB", written >> 20, file.size >> 20),
+            )
             previous = self.stage.previous
             if previous is not None and previous.manifest.files.get(weights_name) == entry:
                 entry = self.stage.take_over(weights_name, key)  # another checkpoint of the same weights

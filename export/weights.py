@@ -1,7 +1,7 @@
 """One data file of weights that all graphs of a component share, written a tensor at a time."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +69,24 @@ def lay_out(weights: StoredState, path: Path, dtype: torch.dtype) -> WeightFile:
     return WeightFile(path, places)
 
 
-def write_weights(weights: StoredState, file: WeightFile, dtype: torch.dtype, key: Mapping[str, str]) -> FileEntry:
+def write_weights(
+    weights: StoredState,
+    file: WeightFile,
+    dtype: torch.dtype,
+    key: Mapping[str, str],
+    progress: Callable[[int], None] = lambda written: None,
+) -> FileEntry:
     """Writes the weights in `dtype` to their places, with no more than two of them in memory.
 
     A file that was begun from the same `key` is gone on with: a journal beside it says how much of it is on the disk.
-    When it is whole it is read back. Raises CheckpointError for a weight that `dtype` cannot hold, and OutputError
-    where the disk does not give back what was written.
+    When it is whole it is read back. `progress` is told the bytes that are written. Raises CheckpointError for a weight
+    that `dtype` cannot hold, and OutputError where the disk does not give back what was written.
     """
     journal = Journal(file.path, dict(key))
     # Hashing takes as long as writing, and neither holds the interpreter's lock: it has a thread of its own.
     with file.path.open("r+b" if file.path.exists() else "w+b") as out, ThreadPoolExecutor(1) as hasher:
         digest, end = journal.resume(out)
+        progress(end)
         noted, hashed = end, hasher.submit(_add, digest, ())
         for name, stored, (offset, length) in _in_order(weights, file):
             if offset < noted:
@@ -89,6 +96,7 @@ def write_weights(weights: StoredState, file: WeightFile, dtype: torch.dtype, ke
             hashed.result()
             hashed = hasher.submit(_add, digest, content)
             end = offset + length
+            progress(end)
             if end - noted >= NOTE_EVERY or end == file.size:
                 hashed.result()
                 journal.note(out, end, digest.hexdigest())

@@ -39,10 +39,11 @@ def hollow(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
     For tracing a model of any size. It cannot be loaded into.
     """
     module = described(build)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a weight of two names stays one
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             one = torch.zeros((), dtype=dtype).expand(weight.shape)
-            setattr(part, name, nn.Parameter(one, requires_grad=False))
+            setattr(part, name, made.setdefault(weight, nn.Parameter(one, requires_grad=False)))
     return module.eval()
 
 

@@ -70,8 +70,8 @@ def export_bundle(
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
     Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
-    came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it ends before the end, `output` is then
-    as it was, and what was finished waits beside it for the next export.
+    came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it
+    ends before the end, `output` is then as it was, and what was finished waits beside it for the next export.
     """
     plans = plans or PlanRequest()
     check_gpus(plans.gpus)

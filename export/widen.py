@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_model
 
 _NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
 
@@ -16,13 +15,26 @@ def widened(path: Path, target: Path) -> Path:
     Weights and constants keep the values that bfloat16 left them; only the arithmetic between them is wider.
     """
     model = onnx.load(path, load_external_data=False)
-    load_external_data_for_model(model, str(path.parent))
+    for tensor in model.graph.initializer:
+        _bring_in(tensor, path.parent)
     _widen_graph(model.graph)
     for function in model.functions:
         for node in function.node:
             _widen_node(node)
     onnx.save_model(model, target, save_as_external_data=True, location=f"{target.name}_data")
     return target
+
+
+def _bring_in(tensor: TensorProto, folder: Path) -> None:
+    """Reads a weight of our own file. onnx's loader refuses a file of two names, as one is that two bundles share."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / place["location"]).open("rb") as file:
+        file.seek(int(place["offset"]))
+        tensor.raw_data = file.read(int(place["length"]))
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _widen_graph(graph: GraphProto) -> None:

@@ -1,5 +1,6 @@
 """Models that are too large to run where they are exported: held by a part, out of the file that is exported."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,12 @@ def test_a_large_component_is_held_by_its_part(
         "vae_decoder": "192x32 pixels",
     }
     gate, graph, file = exported(large, component, tmp_path, dtype)
+    os.link(file.path, tmp_path / "of the bundle before")
     checks = held(gate, graph, file)
     assert {check.part for check in checks} == {parts[component]}
     assert ("real text" in [check.inputs for check in checks]) == (component != "vae_decoder")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx_data", "tokenizer.json"]
+    names = ["model.onnx_data", "of the bundle before", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_wrong_weight_at_the_end_of_the_file_is_found(large: ModelConfig, tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from ttt_video_engine.reference.stored import StoredState, StoredTensor, held
 from ttt_video_engine.runtime.bundle import FileEntry
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
-
-ALIGNMENT = 4096
-"""Bytes; a multiple of the page size, so that a runtime can map tensors instead of reading them."""
+from ttt_video_engine.runtime.shapes import ALIGNMENT
 
 NOTE_EVERY = 256 << 20
 """Bytes; what a kill or a power cut can lose of a file."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ttt_video_engine.export import journal, weights
-from ttt_video_engine.export.weights import ALIGNMENT, lay_out, write_weights
+from ttt_video_engine.export.weights import lay_out, write_weights
 from ttt_video_engine.reference.stored import StoredState, StoredTensor, held
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.shapes import ALIGNMENT
 
 TENSORS = {f"layer.{i}": torch.randn(40, 60 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)}
 KEY = {"origin": "a checkpoint"}

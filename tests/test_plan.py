@@ -1,0 +1,280 @@
+"""What `plan` says, held to what is measured: weights, operations, memory; and that its advice can be followed."""
+
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttt_video_engine.cli import app
+from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.export.components import transformer_graph
+from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.reference.text_encoder import TextEncoder
+from ttt_video_engine.reference.transformer import DiffusionTransformer
+from ttt_video_engine.reference.vae import ConvCache, VaeDecoder
+from ttt_video_engine.runtime.bundle import GraphEntry, Manifest, encode_manifest, open_bundle
+from ttt_video_engine.runtime.config import ModelConfig, TTTKind
+from ttt_video_engine.runtime.flops import text_encoder_flops, transformer_flops, vae_window_flops
+from ttt_video_engine.runtime.presets import PRESETS, preset
+from ttt_video_engine.runtime.shapes import ALIGNMENT, file_bytes, num_parameters, weight_shapes
+
+Run = Callable[..., tuple[int, str, str]]
+KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
+MUST_SHOW = ["plan", "--preset", "5B", "--ttt", "mlp", "--length", "63s", "--precision", "bf16", "--gpu-memory"]
+IN_3S = ["plan", "--preset", "5B", "--length", "3s"]
+
+
+def modules(model: ModelConfig) -> dict[str, nn.Module]:
+    """The components of the reference, without memory for their weights."""
+    with torch.device("meta"):
+        return {
+            "text_encoder": TextEncoder(model.text_encoder),
+            "transformer": DiffusionTransformer(model.transformer),
+            "vae_decoder": VaeDecoder(model.vae),
+        }
+
+
+# Weights
+
+
+@pytest.mark.parametrize("ttt", KINDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_tables_of_weights_are_those_of_the_modules(name: str, ttt: TTTKind) -> None:
+    model = preset(name, ttt)
+    for component, module in modules(model).items():
+        # Without the second name of T5's embedding, whose bytes are stored once.
+        found = [(name, tuple(weight.shape)) for name, weight in module.named_parameters()]
+        assert list(weight_shapes(model)[component].items()) == found, component
+
+
+def test_bytes_are_those_of_the_exported_files(shared_bundle: Path) -> None:
+    manifest = open_bundle(shared_bundle).manifest
+    for component, table in weight_shapes(manifest.model).items():
+        name = f"{component}/model.onnx_data"
+        expected = file_bytes(table, manifest.dtype)
+        assert expected == (shared_bundle / name).stat().st_size == manifest.files[name].size
+
+
+def test_half_precision_is_half_but_for_the_padding() -> None:
+    table = weight_shapes(preset("5B", "mlp"))["transformer"]
+    assert 0 <= file_bytes(table, "bfloat16") - 2 * num_parameters(table) < ALIGNMENT * len(table)
+    assert file_bytes(table, "float16") == file_bytes(table, "bfloat16")
+
+
+# Operations
+
+
+def counted(module: nn.Module, *inputs: Tensor | ConvCache) -> int:
+    """What PyTorch counts; it does not know the fused attention of CPUs, so attention is made of products."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    total: int = counter.get_total_flops()
+    return total
+
+
+@pytest.mark.parametrize(("ttt", "length"), [("linear", "3s"), ("linear", "9s"), ("mlp", "3s")])
+def test_operations_of_the_transformer(ttt: TTTKind, length: str) -> None:
+    model = preset("tiny", ttt)
+    size = model.clip_size(length)
+    latents = torch.zeros(1, size.num_frames, 16, size.height, size.width)
+    text = torch.zeros(1, size.num_scenes, size.text_length, model.transformer.text_dim)
+    found = counted(DiffusionTransformer(model.transformer), latents, text, torch.zeros(1))
+    assert transformer_flops(model.transformer, size) == found
+
+
+def test_operations_of_the_text_encoder() -> None:
+    config = preset("debug").text_encoder
+    found = counted(TextEncoder(config), torch.zeros(1, 136, dtype=torch.long))
+    assert text_encoder_flops(config, 136) == found
+
+
+def test_operations_of_both_windows_of_the_vae() -> None:
+    config, cache = preset("tiny").vae, ConvCache()
+    decoder = VaeDecoder(config)
+    for frames in (config.temporal_window + 1, config.temporal_window):
+        found = counted(decoder, torch.zeros(1, config.z_channels, frames, 4, 6), cache)
+        assert vae_window_flops(config, frames, 4, 6) == found
+
+
+# Memory
+
+
+@pytest.fixture(scope="module")
+def footprint() -> ModuleType:
+    """`benchmarks/footprint.py`, which is in no package."""
+    path = Path(__file__).parents[1] / "benchmarks" / "footprint.py"
+    spec = importlib.util.spec_from_file_location("footprint", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
+    return module
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process alone is known on Linux only")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("component", "batch"), [("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1)]
+)
+def test_memory_of_tiny(footprint: ModuleType, shared_bundle: Path, component: str, batch: int) -> None:
+    model = open_bundle(shared_bundle).manifest.model
+    measured, estimated = footprint.compare(model, shared_bundle, component, "9s", batch)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@on_linux
+def test_memory_of_debug(footprint: ModuleType, tmp_path: Path) -> None:
+    model = preset("debug", "mlp")
+    one_graph(model, "3s", tmp_path)
+    for batch in (1, 2):
+        measured, estimated = footprint.compare(model, tmp_path, "transformer", "3s", batch)
+        assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def one_graph(model: ModelConfig, length: str, folder: Path) -> None:
+    """A folder with the transformer of a bundle, and a manifest that knows of nothing else. Exporting and gating the
+    other components would take longer than all tests here."""
+    graph = transformer_graph(SeededSource(model, seed=0).transformer().load(), model, length)
+    path = folder / graph.file
+    path.parent.mkdir()
+    weights = write_module(graph.module, path.with_name("model.onnx_data"))
+    onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
+    entry = GraphEntry(graph.file, "transformer/model.onnx_data", *onnx_graph.read_signature(path), (), {})
+    manifest = Manifest(
+        model=model,
+        dtype="float32",
+        opset=onnx_graph.OPSET,
+        lengths=(length,),
+        graphs={graph.name: entry},
+        tokenizer_key={},
+        weight_keys={},
+        files={},
+    )
+    (folder / "bundle.json").write_bytes(encode_manifest(manifest))
+
+
+# The command
+
+
+def planned(run: Run, *arguments: object) -> dict[str, Any]:
+    code, out, err = run(*arguments, "--json")
+    assert err == ""
+    found: dict[str, Any] = json.loads(out)
+    fits = found["available"] is None or found["chosen"] is not None
+    assert code == (0 if fits else 1)
+    return found
+
+
+def test_a_verdict_and_commands(run: Run) -> None:
+    code, out, err = run(*MUST_SHOW, "80GB")
+    assert (code, err) == (0, "")
+    assert "\nfits in 74.51 GiB of GPU memory as asked" in out
+    assert "not been measured" in out or "none has been measured on a GPU" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ([*MUST_SHOW, "80GB"], {}),
+        ([*MUST_SHOW, "48GB"], {"low_memory": True}),
+        ([*MUST_SHOW, "24GB"], {"length": "18s", "low_memory": True}),
+        ([*IN_3S, "--dtype", "bf16", "--gpu-memory", "14.5GiB"], {"weight_streaming": True}),
+        ([*IN_3S, "--gpu-memory", "80GB"], {"dtype": "bfloat16"}),
+        (["plan", "--preset", "tiny", "--gpu-memory", "4GB", "--width", "160"], {}),
+    ],
+)
+def test_the_advice_is_the_cheapest_and_can_be_typed(
+    run: Run, arguments: list[str], settings: dict[str, object]
+) -> None:
+    found = planned(run, *arguments)
+    assert found["chosen"]["choice"] == {**found["asked"], **settings}
+    refused = [attempt for attempt in found["attempts"][: found["attempts"].index(found["chosen"])]]
+    assert not any(attempt["fits"] for attempt in refused)
+    export, sample = found["commands"]
+    assert ("--weight-streaming" in export) == ("--gpu-memory" in sample) == ("weight_streaming" in settings)
+    group = typer.main.get_command(app)
+    for command in (export, sample):
+        program, name, *options = shlex.split(command)
+        assert program == "ttt-video"
+        group.commands[name].make_context(name, options)  # type: ignore[attr-defined]  # raises for what is no option
+
+
+def test_what_fits_nowhere_ends_with_1(run: Run) -> None:
+    found = planned(run, *MUST_SHOW, "8GB")
+    assert found["chosen"] is None and found["commands"] == []
+    assert found["verdict"].startswith("does not fit in 7.45 GiB of GPU memory, whatever the settings")
+    assert {attempt["choice"]["length"] for attempt in found["attempts"]} == {"3s", "9s", "18s", "30s", "63s"}
+
+
+def test_without_a_gpus_memory_there_is_no_verdict_on_it(run: Run) -> None:
+    found = planned(run, "plan", "--preset", "debug", "--precision", "bf16")
+    assert (found["engine"], found["available"], found["chosen"]) == ("tensorrt", None, None)
+    assert {attempt["fits"] for attempt in found["attempts"]} == {None}
+    assert found["verdict"].endswith("give --gpu-memory for a verdict")
+
+
+def test_streaming_needs_the_memory_of_the_host(run: Run) -> None:
+    plain, _, streaming = planned(run, *MUST_SHOW, "80GB")["attempts"]
+    weights = planned(run, *MUST_SHOW, "80GB")["components"]["transformer"]["gpu"]["weights"]
+    assert streaming["ram"] - plain["ram"] == plain["needed"] - streaming["needed"] == weights
+
+
+def test_a_bundle_is_planned_from_its_manifest(run: Run, shared_bundle: Path) -> None:
+    found = planned(run, "plan", "--bundle", shared_bundle)
+    manifest = open_bundle(shared_bundle).manifest
+    assert found["asked"] == {"length": "9s", "dtype": "float32", "low_memory": False, "weight_streaming": False}
+    assert found["commands"] == [f"ttt-video sample STORYBOARD --bundle {shared_bundle}"]
+    for component, part in found["components"].items():
+        sizes = [entry.size for name, entry in manifest.files.items() if name.startswith(component)]
+        assert part["disk"] == sum(sizes)
+
+
+def test_what_a_checkpoint_holds(run: Run, tmp_path: Path) -> None:
+    model = preset("tiny")
+    folders = {"text_encoder": "text_encoder", "transformer": "transformer", "vae_decoder": "vae"}
+    for component, module in modules(model).items():
+        (tmp_path / folders[component]).mkdir()
+        halves = {name: torch.zeros(weight.shape).half() for name, weight in module.named_parameters()}
+        torch.save(halves, tmp_path / folders[component] / "weights.pt")
+    found = planned(run, "plan", "--checkpoint", tmp_path)
+    for component, table in weight_shapes(model).items():
+        parameters = num_parameters(table)
+        assert found["checkpoint"][component] == {"parameters": parameters, "size": 2 * parameters}
+    assert f"--checkpoint {tmp_path}" in found["commands"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "onnxruntime", "--gpu-memory", "8GB"], "--gpu-memory is for --engine tensorrt"),
+        (["--engine", "onnxruntime", "--precision", "bf16"], "ONNX Runtime runs none"),
+        (["--gpu-memory", "much"], "--gpu-memory is 'much'"),
+        (["--length", "5s"], "length is '5s'"),
+        (["--preset", "huge"], "preset is 'huge'"),
+        (["--width", "100"], "width is 100"),
+        (["--bundle", "nowhere"], "is not a bundle"),
+        (["--bundle", "nowhere", "--preset", "tiny"], "--bundle says what was exported"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--num-steps", "0"], "--num-steps"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, options: list[str], message: str) -> None:
+    code, out, err = run("plan", *options)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1

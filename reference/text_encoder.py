@@ -1,7 +1,10 @@
 """The T5 v1.1 encoder that turns prompts into embeddings: Transformers' own, without an attention mask."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from ttt_video_engine.runtime.config import TextEncoderConfig
 
@@ -22,7 +25,23 @@ class TextEncoder(nn.Module):
                 feed_forward_proj="gated-gelu",
             )
         )
+        for feed_forward in [part for part in self.t5.modules() if isinstance(part, T5DenseGatedActDense)]:
+            wo = FeedForwardOutput(config.d_ff, config.d_model, bias=False, device="meta")
+            wo.weight, feed_forward.wo = feed_forward.wo.weight, wo
 
     def forward(self, ids: Tensor) -> Tensor:
         embeddings: Tensor = self.t5(input_ids=ids).last_hidden_state
         return embeddings
+
+
+class FeedForwardOutput(nn.Linear):
+    """Gives float32, so that the sum that T5's layers add to is float32 from the first feed-forward on.
+
+    In float16 the product is float32 as well, as in Transformers, which keeps these weights (`wo`) in float32 then:
+    trained ones make values that float16 cannot hold.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == torch.float16:
+            return functional.linear(x.float(), self.weight.float())
+        return super().forward(x).float()

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ttt_video_engine.reference.initialise import seeded
 from ttt_video_engine.reference.layout import TokenLayout
+from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt_layer import TTTLayer, TTTLinear
 from ttt_video_engine.reference.vae import ConvCache, VaeDecoder, windows
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind, VaeConfig
+from ttt_video_engine.runtime.presets import tiny
 
 
 def config(ttt: TTTKind = "linear", **sizes: int) -> TransformerConfig:
@@ -287,3 +289,17 @@ def test_seeded_ttt_weights_are_those_of_a_fresh_layer() -> None:
         assert weight.std().item() == pytest.approx(0.02, rel=0.25)
     assert not ttt.b1.any() and not ttt.b2.any()
     assert not ttt.W1.requires_grad and not ttt.training
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_a_text_encoder_with_values_beyond_float16(dtype: torch.dtype, tolerance: float) -> None:
+    """As trained ones have, after their feed-forwards."""
+    encoder = seeded(lambda: TextEncoder(tiny("linear").text_encoder), 0)
+    for name, weight in encoder.named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(1e5)
+    ids = torch.randint(2000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = encoder(ids)
+        found = encoder.to(dtype)(ids).float()
+    assert (found - exact).norm() / exact.norm() < tolerance

@@ -18,7 +18,7 @@ from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.settings import Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 ENGINES = "engines/"
@@ -71,7 +71,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lengths: tuple[str, ...]
     graphs: dict[str, GraphEntry]
     tokenizer_key: dict[str, str]
-    weight_keys: dict[str, dict[str, str]]
+    weight_keys: dict[str, dict[str, str]] = field(default_factory=dict)  # since format version 2
     files: dict[str, FileEntry]
     defaults: Settings = field(default_factory=Settings)
     tools: dict[str, str] = field(default_factory=dict)

@@ -213,7 +213,7 @@ def other_text_length(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: m.update(format_version=2), "bundle.json: format_version is 2, this program reads up to 1; update"),
+        (lambda m: m.update(format_version=3), "bundle.json: format_version is 3, this program reads up to 2; update"),
         (lambda m: m.update(format_version="new"), "Expected `int`, got `str` - at `$.format_version`"),
         (lambda m: m.pop("dtype"), "bundle.json: Object missing required field `dtype`"),
         (lambda m: m.update(surprise=1), "bundle.json: Object contains unknown field `surprise`"),

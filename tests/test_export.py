@@ -63,7 +63,7 @@ def test_the_manifest_describes_every_file(shared_bundle: Path, digests: Digests
     for name, entry in manifest["files"].items():
         assert entry["size"] == (shared_bundle / name).stat().st_size
     assert list(manifest["graphs"]) == GRAPHS and manifest["lengths"] == ["3s", "9s"]
-    assert manifest["dtype"] == "float32" and manifest["format_version"] == 1
+    assert manifest["dtype"] == "float32" and manifest["format_version"] == 2
     assert msgspec.convert(manifest["model"], type(SEEDED.model)) == SEEDED.model
 
 

@@ -48,6 +48,8 @@ def open_state(path: Path) -> StoredState:
     A state dict may lie at the top or under `state_dict` or `model`. Raises CheckpointError for what is missing, cut
     off or of another kind, and for a pickle that holds anything but tensors and plain values.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing; a checkpoint has transformer/, vae/, text_encoder/ and tokenizer/")
     if not path.is_dir():
         return _open_file(path)
     if (path / DISTRIBUTED).is_file():

@@ -165,6 +165,14 @@ def test_names_that_do_not_fit_are_listed() -> None:
     )
 
 
+def test_a_missing_component_is_named(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"text_encoder: is missing; a checkpoint has transformer/, vae/, text_enc"
+    ):
+        CheckpointSource(tiny("linear"), tmp_path).text_encoder()
+
+
 def test_many_names_are_counted() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_fit({}, torch.nn.Sequential(*[torch.nn.Linear(1, 1) for _ in range(4)]), Path("model.pt"))
@@ -215,7 +223,7 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path: Path) -> None:
     assert same(read(open_state(tmp_path)), {"weight": torch.ones(2)})
     torch.save({}, tmp_path / "b.pt")
     assert message_of(tmp_path).endswith("; has a.safetensors, b.pt")
-    with pytest.raises(CheckpointError, match=r"absent: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"absent: is missing; a checkpoint has"):
         open_state(tmp_path / "absent")
 
 

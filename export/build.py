@@ -178,7 +178,7 @@ class _Build:
         entry = self.stage.weights(weights_name, key)
         if entry is None:
             self.report(f"{name}: {file.size:,} bytes of weights")
-            file.path.parent.mkdir(exist_ok=True)
+            self.stage.place(weights_name)
             entry = write_weights(
                 weights,
                 file,
@@ -206,7 +206,7 @@ class _Build:
 
     def _graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
         self.report(f"{graph.name}: {self._why(graph.name, key)}")
-        path = self.stage.root / graph.file
+        path = self.stage.place(graph.file)
         save(trace(graph), path, weights, graph.ttt)
         part = self._gate.part(graph.component)
         if part:

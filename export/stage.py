@@ -49,6 +49,15 @@ class Stage:
         self._bring(name)
         return self.add_weights(name, key, self.previous.manifest.files[name])
 
+    def place(self, name: str) -> Path:
+        """Where to write a file. One that was begun is left there to be gone on with; any other may be a second name of
+        the previous bundle's, which writing would change: it is let go."""
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        if not journal_of(path).exists():
+            path.unlink(missing_ok=True)
+        return path
+
     def add_weights(self, name: str, key: Key, entry: FileEntry) -> FileEntry:
         """Notes a weight file that is whole."""
         self.finished.files[name], self.finished.weight_keys[name] = entry, key
@@ -109,10 +118,8 @@ class Stage:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _bring(self, name: str) -> None:
-        target = self.root / name
-        target.parent.mkdir(exist_ok=True)
-        journal_of(target).unlink(missing_ok=True)
-        target.unlink(missing_ok=True)
+        journal_of(self.root / name).unlink(missing_ok=True)
+        target = self.place(name)
         if self.previous is not None:
             link_or_copy(self.previous.path(name), target)
 

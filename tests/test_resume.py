@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from ttt_video_engine.export import parity
+from ttt_video_engine.export import build, parity
 from ttt_video_engine.export.build import export_bundle
 from ttt_video_engine.export.source import Component, SeededSource
+from ttt_video_engine.export.stage import Stage
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import CheckFailed, OutputError
@@ -99,6 +100,30 @@ def test_what_was_finished_is_not_built_again(bundle: Path, digests: Digests, mo
     assert not [line for line in report if line.endswith("bytes of weights")]
     open_bundle(bundle).verify()
     assert os.listdir(bundle.parent) == ["bundle"]
+
+
+def test_a_stopped_export_of_other_weights_leaves_the_bundle(
+    bundle: Path, digests: Digests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export before it, stopped as well, took files of the bundle over: what it left are second names of them."""
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def write_and_stop(model: object, path: Path, *rest: object) -> None:
+        path.write_bytes(b"half a graph")
+        raise KeyboardInterrupt
+
+    before = digests(bundle)
+    monkeypatch.setattr(Stage, "keep_only", stop)
+    monkeypatch.setattr(build, "save", write_and_stop)
+    for source in (SeededSource, OtherTextEncoder):
+        with pytest.raises(KeyboardInterrupt):
+            export(source, bundle)
+        assert digests(bundle) == before
+    left = bundle.with_name(".bundle.partial")
+    assert (left / "text_encoder/model.onnx").read_bytes() == b"half a graph"
+    assert (left / "transformer/model.onnx_data").samefile(bundle / "transformer/model.onnx_data")
 
 
 def test_a_killed_export_leaves_nothing_that_looks_complete(bundle: Path, digests: Digests) -> None:

@@ -24,6 +24,7 @@ from ttt_video_engine.runtime.bundle import TEXT_ENCODER, FileEntry, Manifest
 from ttt_video_engine.runtime.bundle import transformer_graph as graph_name
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.engine import TensorSpec
+from ttt_video_engine.runtime.errors import EngineError
 from ttt_video_engine.runtime.files import link_or_copy
 
 GUIDANCE_BRANCHES = (1, 2)
@@ -32,6 +33,8 @@ GUIDANCE_BRANCHES = (1, 2)
 _SOURCES = ("engines/tensorrt/builder.py", "engines/tensorrt/plugin.py", "engines/kernels/*.py", "export/plans.py")
 
 Report = Callable[[str], None]
+Place = tuple[str, str]
+"""A graph and the GPU that its plan is for."""
 
 
 def build_plans(
@@ -46,10 +49,12 @@ def build_plans(
     """Fills `stage`/engines with the plans of every graph for `gpus`; whether any is new.
 
     `stage` holds the graphs that `manifest` describes; plans of the bundle at `previous` are taken over where they are
-    made of the same, those for other GPUs too. Raises EngineError where a build fails.
+    made of the same, those for other GPUs too, and so are those that an export that was stopped left in `stage`. Raises
+    EngineError where a build fails.
     """
     old = {(plan.entry.graph, plan.entry.gpu): plan for plan in (list_plans(previous) if previous else [])}
-    wanted = {(graph, gpu) for graph in manifest.graphs for gpu in gpus}
+    wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in manifest.graphs for gpu in gpus}
+    finished = _finished(stage, wanted)
     changed = False
     for (graph, gpu), plan in old.items():
         if (graph, gpu) not in wanted and _usable(manifest, plan):
@@ -57,13 +62,16 @@ def build_plans(
         elif (graph, gpu) not in wanted:
             report(f"{graph} for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}")
             changed = True
-    for graph, gpu in sorted(wanted):
-        key = _key(manifest, graph, gpu, settings)
+    for (graph, gpu), key in sorted(wanted.items()):
         before = old.get((graph, gpu))
         why = ["new"] if before is None else differences(before.entry.key, key)
         if before is not None and not why:
             report(f"{graph} for {gpu}: unchanged")
             _take_over(before, stage)
+            continue
+        if (graph, gpu) in finished:
+            report(f"{graph} for {gpu}: was built before the export was stopped")
+            changed = True
             continue
         report(f"{graph} for {gpu}: {', '.join(why)}")
         plan = build_plan(_request(manifest, graph, gpu, settings, key, stage), stage / FOLDER, progress)
@@ -88,6 +96,21 @@ def stale_plans(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, list[str
         else ["its graph is no longer in the bundle"]
         for plan in plans
     }
+
+
+def _finished(stage: Path, wanted: Mapping[Place, Key]) -> set[Place]:
+    """What an export that was stopped has built of the plans that are `wanted`, by their keys; all else is removed."""
+    try:
+        plans = [plan for plan in list_plans(stage) if wanted.get((plan.entry.graph, plan.entry.gpu)) == plan.entry.key]
+        for plan in plans:
+            plan.verify()
+    except EngineError:  # damaged, so that none is to be relied on
+        plans = []
+    kept = {path for plan in plans for path in (plan.path, entry_path(plan.path), *_cubins(plan))}
+    for path in (stage / FOLDER).rglob("*"):
+        if path.is_file() and path not in kept:
+            path.unlink()
+    return {(plan.entry.graph, plan.entry.gpu) for plan in plans}
 
 
 def profiles(
@@ -176,13 +199,15 @@ def _summary(plan: Plan) -> str:
 
 def _take_over(plan: Plan, stage: Path) -> None:
     """A plan, its JSON and the cubins it launches, from the bundle before."""
-    folder = stage / FOLDER
-    folder.mkdir(exist_ok=True)
-    for path in (plan.path, entry_path(plan.path)):
-        link_or_copy(path, folder / path.name)
-    old_kernels = plan.path.parent / Path(KERNELS).name
-    for cubin in set(plan.entry.plugins.values()):
-        (stage / KERNELS).mkdir(exist_ok=True)
-        for path in old_kernels.glob(f"{cubin}.*"):
-            if not (stage / KERNELS / path.name).exists():
-                link_or_copy(path, stage / KERNELS / path.name)
+    bundle = plan.path.parent.parent
+    for path in (plan.path, entry_path(plan.path), *_cubins(plan)):
+        target = stage / path.relative_to(bundle)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            link_or_copy(path, target)
+
+
+def _cubins(plan: Plan) -> list[Path]:
+    """The files of the kernels that a plan launches, each with its JSON."""
+    folder = plan.path.with_name(Path(KERNELS).name)
+    return [path for cubin in sorted(set(plan.entry.plugins.values())) for path in folder.glob(f"{cubin}.*")]

@@ -10,11 +10,12 @@ import pytest
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.kernels.cubin import read_cubin
-from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_plan
+from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Progress, Scans, build_plan
 from ttt_video_engine.engines.tensorrt.plan import (
     FOLDER,
     KERNELS,
     BuildSettings,
+    Plan,
     PlanEntry,
     ShapeRange,
     entry_path,
@@ -23,6 +24,7 @@ from ttt_video_engine.engines.tensorrt.plan import (
 )
 from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.export import plans
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.components import Graph, graphs_of, text_encoder_graph, transformer_graph
 from ttt_video_engine.export.graph import TORCH_DTYPES
@@ -151,10 +153,10 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
     options = ("--precision", "bf16", "--engine", "tensorrt", "--gpu", "sm_89", "--gpu", "sm_120")
     assert sum(line.endswith(": new") for line in export(*options)) == 8
     manifest = open_bundle(bundle).manifest
-    plans = list_plans(bundle)
-    names = {(plan.entry.graph, plan.entry.gpu) for plan in plans}
+    built_plans = list_plans(bundle)
+    names = {(plan.entry.graph, plan.entry.gpu) for plan in built_plans}
     assert names == {(graph, gpu) for graph in manifest.graphs for gpu in GPUS}
-    assert {f"{FOLDER}/{plan.path.name}" for plan in plans} < set(manifest.files)
+    assert {f"{FOLDER}/{plan.path.name}" for plan in built_plans} < set(manifest.files)
 
     before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.plan")}
     assert export("--precision", "bf16") == ["nothing has changed"]
@@ -169,7 +171,7 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: plugins were not asked for" in out
     assert "profile latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and "changed" not in out
-    other = plans[0]
+    other = built_plans[0]
     stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})
     entry_path(other.path).write_bytes(msgspec.json.encode(stale))
     code, out, _ = run("inspect", bundle)
@@ -189,6 +191,39 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
         for gpu in ("sm_120", "sm_89")
     ]
     assert len(list_plans(tmp_path / "stage")) == 6
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_plans_of_a_stopped_export_are_not_built_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    whole = open_bundle(bundle).manifest
+    names = ("text_encoder", "vae_decoder-first", "vae_decoder-next")
+    manifest = replace(whole, graphs={name: whole.graphs[name] for name in names})
+    folder = bundle / FOLDER
+
+    def build() -> list[str]:
+        lines: list[str] = []
+        assert build_plans(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        return [line for line in lines if "bytes in" not in line]
+
+    def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
+        if list(folder.glob("*.plan")):
+            raise KeyboardInterrupt
+        return build_plan(request, folder, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plans, "build_plan", one_then_stop)
+        build()
+    (plan,) = folder.glob("*.plan")
+    (folder / ".half.1.partial.plan").write_bytes(b"what a kill leaves")
+    if damaged:
+        plan.write_bytes(plan.read_bytes()[:-1])
+    time = plan.stat().st_mtime_ns
+    first = "new" if damaged else "was built before the export was stopped"
+    assert build() == [f"{names[0]} for sm_89: {first}", *(f"{name} for sm_89: new" for name in names[1:])]
+    assert (plan.stat().st_mtime_ns == time) == (not damaged)
+    assert len(list_plans(bundle)) == 3 and len(list(folder.iterdir())) == 6
 
 
 @pytest.mark.parametrize(

@@ -239,11 +239,11 @@ def plan(
         model = opened.manifest.model
         choice = Choice(length=length or opened.manifest.lengths[-1], dtype=opened.manifest.dtype)
     engine = engine or ("tensorrt" if gpu_memory is not None or choice.dtype == "bfloat16" else "onnxruntime")
-    limit = None if gpu_memory is None else parse_memory(gpu_memory)
-    if engine == "onnxruntime":
-        limit = available_ram()
+    ram = available_ram()
+    gpu_limit = None if gpu_memory is None else parse_memory(gpu_memory)
+    limit = ram if engine == "onnxruntime" else gpu_limit
     disk = None if opened is None else disk_bytes(opened)
-    found = fit(Subject(model, choice, engine, num_steps, disk), limit)
+    found = fit(Subject(model, choice, engine, num_steps, disk), limit, ram)
     typed = commands(found, source_options(model, checkpoint, config), opened, gpu_memory)
     stored = {}
     if checkpoint is not None:

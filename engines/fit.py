@@ -17,10 +17,13 @@ from ttt_video_engine.runtime.bundle import ENGINES, Bundle
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType, ModelConfig
 from ttt_video_engine.runtime.errors import ConfigError, EngineError
 from ttt_video_engine.runtime.flops import VideoFlops, video_flops
-from ttt_video_engine.runtime.memory import Memory, cpu_memory, gpu_memory, host_memory
+from ttt_video_engine.runtime.memory import Memory, build_memory, cpu_memory, gpu_memory, host_memory
 from ttt_video_engine.runtime.shapes import file_bytes, num_parameters, weight_shapes
 
 EngineName = Literal["onnxruntime", "tensorrt"]
+
+MORE_RAM = "add swap, or export where there is more"
+"""What to do where TensorRT's build does not fit."""
 
 GRAPHS = {"text_encoder": 1, "transformer": 1, "vae_decoder": 2}
 """Graphs of one length; TensorRT builds the weights into the plan of each."""
@@ -50,12 +53,14 @@ class Attempt(Struct, frozen=True, kw_only=True):
 
 
 class Component(Struct, frozen=True, kw_only=True):
-    """One component with the settings asked for. `gpu` is None in ONNX Runtime; `disk` is without graphs, which are
-    small, where there is no bundle yet; `flops` are those of a whole video."""
+    """One component with the settings asked for. `gpu`, and `build_ram` to make its plans with, are None in ONNX
+    Runtime; `disk` is without graphs, which are small, where there is no bundle yet; `flops` are those of a whole
+    video."""
 
     parameters: int
     disk: int
     ram: int
+    build_ram: int | None
     gpu: Memory | None
     flops: int
 
@@ -68,7 +73,8 @@ class Stored(Struct, frozen=True):
 
 
 class Fit(Struct, frozen=True, kw_only=True):
-    """What `ttt-video plan` found. `available` is the memory to fit in, None where it was not given."""
+    """What `ttt-video plan` found. `available` is the memory to fit in, None where it was not given; `ram_here` is what
+    this machine has free, where it says."""
 
     model: ModelConfig
     asked: Choice
@@ -78,6 +84,7 @@ class Fit(Struct, frozen=True, kw_only=True):
     flops_per_step: int
     flops_per_video: int
     available: int | None
+    ram_here: int | None
     attempts: tuple[Attempt, ...]
     chosen: Attempt | None
 
@@ -96,7 +103,7 @@ class Subject:
         return {name: file_bytes(shapes, dtype) for name, shapes in weight_shapes(self.model).items()}
 
 
-def fit(subject: Subject, available: int | None) -> Fit:
+def fit(subject: Subject, available: int | None, ram_here: int | None) -> Fit:
     """Tries settings from the least costly on; the first is chosen with which every component has room.
 
     Shorter lengths are tried where nothing helps the one asked for.
@@ -122,6 +129,7 @@ def fit(subject: Subject, available: int | None) -> Fit:
         flops_per_step=flops.transformer_step,
         flops_per_video=flops.total,
         available=available,
+        ram_here=ram_here,
         attempts=tuple(attempts),
         chosen=next((attempt for attempt in attempts if attempt.fits), None),
     )
@@ -226,6 +234,7 @@ def _components(subject: Subject, flops: VideoFlops) -> dict[str, Component]:
             parameters=num_parameters(shapes),
             disk=subject.disk[name] if subject.disk is not None else weights[name] + plans[name],
             ram=ram[name],
+            build_ram=build_memory(weights[name]) if gpu else None,
             gpu=gpu.get(name),
             flops=work[name],
         )

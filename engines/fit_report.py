@@ -6,7 +6,7 @@ from textwrap import wrap
 
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.fit import Attempt, Choice, Fit, Stored
+from ttt_video_engine.engines.fit import MORE_RAM, Attempt, Choice, Fit, Stored
 from ttt_video_engine.runtime.bundle import Bundle, transformer_graph
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.presets import PRESETS
@@ -37,6 +37,8 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
     yield ""
     yield f"one denoising step: {tera(found.flops_per_step)} TFLOP, both branches of guidance"
     yield f"the whole video:    {tera(found.flops_per_video)} TFLOP"
+    if found.engine == "tensorrt":
+        yield from wrap(f"building the plans: {building(found)}", _COLUMNS)
     yield ""
     yield from _table(_attempt_rows(found))
     yield ""
@@ -70,6 +72,17 @@ def verdict(found: Fit) -> str:
     if chosen.choice == found.asked:
         return f"fits in {room} as asked: the {chosen.component} needs {gib(chosen.needed)}"
     return f"does not fit in {room} as asked; fits with {describe(chosen.choice)}"
+
+
+def building(found: Fit) -> str:
+    """What TensorRT's build takes, and whether this machine has it."""
+    needs = {name: part.build_ram for name, part in found.components.items() if part.build_ram is not None}
+    largest = max(needs, key=lambda name: needs[name])
+    takes = f"{gib(needs[largest])} of RAM for the {largest}"
+    if found.ram_here is None:
+        return takes
+    free = f"{gib(found.ram_here)} are free here"
+    return f"{takes}, {free}" if needs[largest] <= found.ram_here else f"{takes}, but {free}: {MORE_RAM}"
 
 
 def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memory: str | None) -> list[str]:

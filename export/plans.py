@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from ttt_video_engine.engines.fit import MORE_RAM, available_ram
+from ttt_video_engine.engines.fit_report import gib
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Progress, Scans, build_plan
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.engines.tensorrt.plan import (
@@ -26,6 +28,7 @@ from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.engine import TensorSpec
 from ttt_video_engine.runtime.errors import EngineError
 from ttt_video_engine.runtime.files import link_or_copy
+from ttt_video_engine.runtime.memory import build_memory
 
 GUIDANCE_BRANCHES = (1, 2)
 """Smallest and largest batch of the transformer: with --low-memory the branches run one after the other."""
@@ -74,6 +77,7 @@ def build_plans(
             changed = True
             continue
         report(f"{graph} for {gpu}: {', '.join(why)}")
+        _warn_of_memory(graph, manifest.files[manifest.graphs[graph].weights].size, report)
         plan = build_plan(_request(manifest, graph, gpu, settings, key, stage), stage / FOLDER, progress)
         report(f"{graph} for {gpu}: {_summary(plan)}")
         changed = True
@@ -175,6 +179,12 @@ def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Ke
         "package": package,
         "package version": package_version(package),
     }
+
+
+def _warn_of_memory(graph: str, weights: int, report: Report) -> None:
+    needs, free = build_memory(weights), available_ram()
+    if free is not None and needs > free:
+        report(f"warning: {graph}: TensorRT takes {gib(needs)} of RAM, {gib(free)} are free here; {MORE_RAM}")
 
 
 def _usable(manifest: Manifest, plan: Plan) -> bool:

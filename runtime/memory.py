@@ -1,4 +1,4 @@
-"""Memory that rendering takes, component by component; one component is loaded at a time.
+"""Memory that rendering takes, and building for TensorRT, component by component; there is one at a time.
 
 In ONNX Runtime on a CPU: counted at its peak and held to measurements, see `benchmarks/footprint.py`. On a GPU, in
 TensorRT: an estimate that no GPU has confirmed. Sizes are bytes.
@@ -27,6 +27,10 @@ GPU_CONTEXT = 512 << 20
 """CUDA's context, the code of TensorRT and of the kernels. An allowance, not measured."""
 GPU_HOST_PROCESS = 1 << 30
 """RAM of a process that runs TensorRT: libraries and CUDA's driver. An allowance, not measured."""
+BUILD_PROCESS = 512 << 20
+BUILD_WEIGHTS = 1.8
+"""TensorRT holds the plan that it makes, and up to four fifths of the weights once more. Their file is mapped, and
+leaves memory where there is no room. TensorRT-RTX 1.7: `python benchmarks/full_width.py --num-layers 12`."""
 GPU_STREAMS = 12
 """Tensors [B, L, D] at once in the second TTT pass of a layer: the residual, what attention gave, the sum with the
 first pass, its reversal, q, k and v as projected and as the scan takes them, what the scan gives, one to spare. The
@@ -83,6 +87,11 @@ def host_memory(model: ModelConfig, length: str) -> dict[str, int]:
     """RAM beside a GPU: the process, and what goes in and comes out. Weights that are streamed come on top."""
     size = model.clip_size(length)
     return {name: GPU_HOST_PROCESS + arrays for name, arrays in _arrays(model, size, 2).items()}
+
+
+def build_memory(weights: int) -> int:
+    """RAM that TensorRT takes to make a plan of a component with that many bytes of weights."""
+    return BUILD_PROCESS + int(BUILD_WEIGHTS * weights)
 
 
 def _text_encoder_activations(model: ModelConfig, size: ClipSize, item: int) -> int:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_video_engine.cli import app
+from ttt_video_engine.engines import fit
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export.components import transformer_graph
 from ttt_video_engine.export.source import SeededSource
@@ -213,6 +214,23 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
         program, name, *options = shlex.split(command)
         assert program == "ttt-video"
         group.commands[name].make_context(name, options)  # type: ignore[attr-defined]  # raises for what is no option
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (32 << 30, "24.75 GiB of RAM for the transformer, 32.00 GiB are free here"),
+        (22 << 30, "24.75 GiB of RAM for the transformer, but 22.00 GiB are free here: add swap,"),
+        (None, "24.75 GiB of RAM for the transformer"),
+    ],
+)
+def test_whether_plans_can_be_built_here(
+    run: Run, monkeypatch: pytest.MonkeyPatch, free: int | None, expected: str
+) -> None:
+    monkeypatch.setattr(fit, "available_ram", lambda: free)
+    _, out, _ = run(*MUST_SHOW, "80GB")
+    assert f"\nbuilding the plans: {expected}\n" in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_what_fits_nowhere_ends_with_1(run: Run) -> None:

@@ -226,6 +226,23 @@ def test_plans_of_a_stopped_export_are_not_built_again(
     assert len(list_plans(bundle)) == 3 and len(list(folder.iterdir())) == 6
 
 
+def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    lines: list[str] = []
+    monkeypatch.setattr(plans, "build_plan", stop)
+    monkeypatch.setattr(plans, "available_ram", lambda: 500 << 20)
+    manifest = open_bundle(shared_bundle).manifest
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+    assert lines == [
+        "text_encoder for sm_89: new",
+        "warning: text_encoder: TensorRT takes 513.5 MiB of RAM, 500.0 MiB are free here; "
+        "add swap, or export where there is more",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

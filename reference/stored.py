@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ttt_video_engine.runtime.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
-INDEX = "*.safetensors.index.json"
+INDICES = ("*.safetensors.index.json", "*.bin.index.json")
+"""Of shards; where a folder has both kinds they are the same weights twice."""
 DISTRIBUTED = ".metadata"
 _WRAPPERS = ("state_dict", "model")
 _CURE = "fetch the file again"
@@ -42,7 +43,7 @@ def open_state(path: Path) -> StoredState:
     """The tensors of a checkpoint by name. What `path` is, is told by its content:
 
     - a torch distributed checkpoint, a folder with .metadata;
-    - safetensors in shards, a folder with an index;
+    - shards of safetensors, or of torch.save, a folder with an index;
     - a file of safetensors, or of torch.save (.pt, .bin); or a folder with one such file.
 
     A state dict may lie at the top or under `state_dict` or `model`. Raises CheckpointError for what is missing, cut
@@ -54,16 +55,14 @@ def open_state(path: Path) -> StoredState:
         return _open_file(path)
     if (path / DISTRIBUTED).is_file():
         return _open_distributed(path)
-    indices = sorted(path.glob(INDEX))
-    if indices:
-        return _open_shards(indices[0])
-    found = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
+    indices = next(filter(None, (sorted(path.glob(pattern)) for pattern in INDICES)), None)
+    found = indices or sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise CheckpointError(
-            f"{path}: must hold one {' or '.join(SUFFIXES)} file, or shards with {INDEX}; has {names}"
+            f"{path}: must hold one {' or '.join(SUFFIXES)} file, or shards with one {INDICES[0]}; has {names}"
         )
-    return _open_file(found[0])
+    return _open_shards(found[0]) if indices else _open_file(found[0])
 
 
 def fingerprint(path: Path) -> str:
@@ -118,7 +117,7 @@ def _open_shards(index: Path) -> StoredState:
             raise CheckpointError(f"{index}: {file!r} leads out of the folder; {_CURE}")
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index.parent / file}: is missing, {index.name} names it; {_CURE}")
-        shards[file] = _open_safetensors(index.parent / file)
+        shards[file] = _open_file(index.parent / file)
     for name, file in places.items():
         if name not in shards[file]:
             raise CheckpointError(f"{index.parent / file}: has no {name}, {index.name} says it does; {_CURE}")

@@ -24,14 +24,21 @@ def save_safetensors(state: State, folder: Path) -> None:
 
 def save_shards(state: State, folder: Path) -> None:
     """As transformers and diffusers write them."""
-    plan = split_torch_state_dict_into_shards(
-        state, max_shard_size="200KB", filename_pattern="model{suffix}.safetensors"
-    )
+    _save_shards(state, folder, "model{suffix}.safetensors", save_file)
+
+
+def save_pickled_shards(state: State, folder: Path) -> None:
+    """As transformers wrote them before there was safetensors."""
+    _save_shards(state, folder, "pytorch_model{suffix}.bin", torch.save)
+
+
+def _save_shards(state: State, folder: Path, pattern: str, save: Callable[[State, Path], None]) -> None:
+    plan = split_torch_state_dict_into_shards(state, max_shard_size="200KB", filename_pattern=pattern)
     assert len(plan.filename_to_tensors) > 2
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, folder / file)
+        save({name: state[name] for name in names}, folder / file)
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{pattern.format(suffix='')}.index.json").write_text(json.dumps(index))
 
 
 def save_distributed(content: Mapping[str, object], folder: Path) -> None:
@@ -44,6 +51,7 @@ FORMATS: dict[str, Callable[[State, Path], None]] = {
     "pickled": save_pickled,
     "safetensors": save_safetensors,
     "shards": save_shards,
+    "pickled shards": save_pickled_shards,
     "distributed": save_distributed,
     "distributed, under model": lambda state, folder: save_distributed({"model": state}, folder),
 }

@@ -5,18 +5,20 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from formats import save_distributed, save_shards
+from formats import save_distributed, save_pickled_shards, save_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from ttt_video_engine.export.source import CheckpointSource, Component
+from ttt_video_engine.export.weights import write_module
 from ttt_video_engine.reference.checkpoint import (
     check_fit,
     text_encoder_weights,
@@ -29,6 +31,7 @@ from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_st
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.errors import CheckpointError
+from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.presets import tiny
 
 State = dict[str, Tensor]
@@ -230,10 +233,28 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path: Path) -> None:
 # Shards
 
 
-def test_a_transformer_save_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_shards, save_pickled_shards])
+def test_a_transformer_in_shards(tmp_path: Path, save: Callable[[State, Path], None]) -> None:
     state = transformer_state()
-    save_shards({f"dit.{name}": value for name, value in state.items()}, tmp_path)
+    save({f"dit.{name}": value for name, value in state.items()}, tmp_path)
     assert same(read(transformer_weights(open_state(tmp_path))), state)
+
+
+def test_of_two_kinds_of_shards_those_of_safetensors_are_read(tmp_path: Path) -> None:
+    state = transformer_state()
+    save_shards(state, tmp_path)
+    save_pickled_shards({name: value + 1 for name, value in state.items()}, tmp_path)
+    assert same(read(open_state(tmp_path)), state)
+    (tmp_path / "model.fp16.safetensors.index.json").touch()
+    assert message_of(tmp_path).endswith("; has model.fp16.safetensors.index.json, model.safetensors.index.json")
+
+
+def test_code_in_a_pickled_shard_does_not_run(tmp_path: Path) -> None:
+    save_pickled_shards(transformer_state(), tmp_path)
+    shard, marker = min(tmp_path.glob("*.bin")), tmp_path / "ran"
+    torch.save({"weight": Evil(marker)}, shard)
+    assert message_of_folder(tmp_path).startswith(f"{shard}: is not a plain file of weights (")
+    assert not marker.exists()
 
 
 def test_shards_that_are_not_whole(tmp_path: Path) -> None:
@@ -340,11 +361,11 @@ def test_numbers_that_are_no_weights_are_refused() -> None:
 # Hugging Face's CogVideoX
 
 
-def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
-    """With its gates shut, a TTT-Video of one scene is the CogVideoX that it was made from."""
+def cogvideox_transformer() -> CogVideoXTransformer3DModel:
+    """Of the sizes of tiny."""
     config = tiny("linear").transformer
     torch.manual_seed(0)
-    peer = CogVideoXTransformer3DModel(
+    return CogVideoXTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
         in_channels=16,
@@ -359,6 +380,12 @@ def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
         use_rotary_positional_embeddings=True,
         norm_eps=config.layer_norm_eps,
     ).eval()
+
+
+def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
+    """With its gates shut, a TTT-Video of one scene is the CogVideoX that it was made from."""
+    config = tiny("linear").transformer
+    peer = cogvideox_transformer()
     peer.save_pretrained(tmp_path / "transformer")
     lines: list[str] = []
     transformer = CheckpointSource(tiny("linear"), tmp_path, seed=3, report=lines.append).transformer().load()
@@ -375,6 +402,23 @@ def test_a_cogvideox_transformer_of_diffusers(tmp_path: Path) -> None:
         rotary = (angles.cos(), angles.sin())
         expected = peer(video, text[:, 0], timestep, image_rotary_emb=rotary).sample
     assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_cogvideox_in_shards_is_the_same_weight_file_as_the_public_codes(tmp_path: Path) -> None:
+    """Its fresh TTT layers included: what trains them further stores all of it under the public code's names."""
+
+    peer, public = tmp_path / "cogvideox", tmp_path / "public"
+    cogvideox_transformer().save_pretrained(peer / "transformer", max_shard_size="200KB")
+    assert len(list((peer / "transformer").glob("*.safetensors"))) > 2
+    state = CheckpointSource(tiny("linear"), peer, seed=3).transformer().load().state_dict()
+    (public / "transformer").mkdir(parents=True)
+    save_distributed({f"dit.{name}": value for name, value in state.items()}, public / "transformer")
+
+    digests = set()
+    for folder in (peer, public):
+        transformer = CheckpointSource(tiny("linear"), folder, seed=3).transformer().load()
+        digests.add(sha256_of(write_module(transformer, folder / "model.onnx_data").path))
+    assert len(digests) == 1
 
 
 def test_a_cogvideox_vae_of_diffusers(tmp_path: Path) -> None:

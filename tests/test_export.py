@@ -272,6 +272,20 @@ def test_a_checkpoint_writes_the_same_weight_file(shared_bundle: Path, tmp_path:
     assert sha256_of(tmp_path / "tokenizer.json") == sha256_of(shared_bundle / TOKENIZER)
 
 
+def test_folders_and_files_of_a_checkpoint_may_be_links(tmp_path: Path) -> None:
+    real, links = checkpoint_folder(tmp_path / "real"), tmp_path / "links"
+    links.mkdir()
+    for name in ("transformer", "text_encoder", "tokenizer"):
+        (links / name).symlink_to(real / name)
+    (links / "vae").mkdir()
+    (links / "vae/3d-vae.pt").symlink_to(real / "vae/3d-vae.pt")
+    source, other = CheckpointSource(SEEDED.model, links), CheckpointSource(SEEDED.model, real)
+    assert source.tokenizer().to_str() == other.tokenizer().to_str()
+    for name, component in components_of(source).items():
+        same = components_of(other)[name]
+        assert component.origin == same.origin and component.weights.keys() == same.weights.keys()
+
+
 def test_a_float16_mlp_bundle_passes_the_gate_and_renders(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     export = ("export", "--preset", "tiny", "--ttt", "mlp", "--dtype", "float16", "--length", "3s", "--output", folder)

@@ -14,6 +14,7 @@ from ttt_video_engine.reference.checkpoint import (
     is_ttt,
     text_encoder_weights,
     transformer_weights,
+    ttt_kind,
     vae_weights,
 )
 from ttt_video_engine.reference.hugging_face import is_cogvideox_transformer
@@ -139,6 +140,9 @@ class CheckpointSource:
             self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
             shapes = {name: value.shape for name, value in described(build).state_dict().items() if is_ttt(name)}
             weights, origin = {**weights, **fresh(shapes, self.seed)}, f"{origin}, TTT from seed {self.seed}"
+        kind, asked = ttt_kind(weights), self.model.transformer.ttt
+        if kind is not None and kind != asked:
+            raise CheckpointError(f"{path}: has TTT layers of kind {kind}, not {asked}; use --ttt {kind}")
         return _fitted(build, weights, path, origin)
 
     def vae_decoder(self) -> Component[VaeDecoder]:

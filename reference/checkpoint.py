@@ -13,7 +13,7 @@ from ttt_video_engine.reference.hugging_face import (
     is_cogvideox_vae,
 )
 from ttt_video_engine.reference.stored import StoredState, StoredTensor
-from ttt_video_engine.runtime.config import VaeConfig
+from ttt_video_engine.runtime.config import TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import CheckpointError
 
 _LISTED = 5
@@ -29,6 +29,12 @@ def transformer_weights(state: StoredState) -> StoredState:
 def is_ttt(name: str) -> bool:
     """Whether a weight belongs to a TTT layer or its gates."""
     return "seq_modeling_block.ssm." in name or "_ssm_gating_" in name
+
+
+def ttt_kind(state: StoredState) -> TTTKind | None:
+    """The inner model of a transformer's TTT layers, of which an MLP alone has a second layer; None without any."""
+    weights = {name.rpartition(".ssm.ttt.")[2] for name in state}
+    return "mlp" if "W2" in weights else "linear" if "W1" in weights else None
 
 
 def vae_weights(state: StoredState, config: VaeConfig) -> StoredState:
@@ -75,7 +81,7 @@ def check_fit(state: StoredState, module: nn.Module, source: Path) -> None:
     ]
     if any(problems):
         found = "; ".join(problem for problem in problems if problem)
-        raise CheckpointError(f"{source}: does not fit the model: {found}; check the config and the checkpoint's stage")
+        raise CheckpointError(f"{source}: does not fit the model: {found}; check --preset or --config")
 
 
 def _listing(what: str, names: list[str]) -> str:

@@ -164,8 +164,16 @@ def test_names_that_do_not_fit_are_listed() -> None:
     assert str(caught.value) == (
         "model.pt: does not fit the model: 1 missing: time_embed.0.bias; 1 unexpected: final_layer.gain; "
         "1 misshapen: layers.0.seq_modeling_block.q.weight [3, 4] (must be [64, 64]); "
-        "check the config and the checkpoint's stage"
+        "check --preset or --config"
     )
+
+
+def test_the_other_kind_of_ttt_is_named(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    torch.save(transformer_state(), tmp_path / "transformer/model.pt")
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointSource(tiny("linear"), tmp_path).transformer()
+    assert str(caught.value) == f"{tmp_path / 'transformer'}: has TTT layers of kind mlp, not linear; use --ttt mlp"
 
 
 def test_a_missing_component_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ bundle a tensor at a time. The new bundle grows beside the old one and takes its
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_ke
 from ttt_video_engine.export.parity import Gate
 from ttt_video_engine.export.plans import build_plans, check_gpus
 from ttt_video_engine.export.source import Component, ModelSource, components_of
-from ttt_video_engine.export.stage import Stage, open_stage, retired_folder
+from ttt_video_engine.export.stage import Stage, alone, open_stage, retired_folder
 from ttt_video_engine.export.weights import WeightFile, lay_out, write_weights
 from ttt_video_engine.reference.initialise import described, hollow
 from ttt_video_engine.reference.stored import StoredState
@@ -71,30 +72,31 @@ def export_bundle(
 
     Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
     came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it
-    ends before the end, `output` is then as it was, and what was finished waits beside it for the next export.
+    ends before the end, `output` is then as it was, and what was finished waits beside it for the next export. Raises
+    OutputError where another export of the same bundle is running.
     """
     plans = plans or PlanRequest()
     check_gpus(plans.gpus)
-    previous = _previous(output)
-    if previous is not None:
-        lengths = [*lengths, *previous.manifest.lengths]
-    lengths = sorted(set(lengths), key=lambda length: SCENES_PER_LENGTH.get(length, 0))
     for length in lengths:
         source.model.clip_size(length)
     components = components_of(source)
-    with writing(output), _staging(output, previous, report) as stage:
-        build = _Build(source, components, dtype, lengths, stage, report, progress)
-        build.check_space(output, plans.gpus)
-        build.tokenizer()
-        for name in components:
-            build.component(name)
-        build.plans(plans)
-        if previous is not None and not build.changed and list(previous.manifest.lengths) == lengths:
-            report("nothing has changed")
-            stage.discard()
-            return previous
-        stage.complete(encode_manifest(build.manifest()), output)
-    return open_bundle(output)
+    with writing(output), alone(output):
+        previous = _previous(output)
+        has = () if previous is None else previous.manifest.lengths
+        lengths = sorted({*lengths, *has}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
+        with _staging(output, previous, report) as stage:
+            build = _Build(source, components, dtype, lengths, stage, report, progress)
+            build.check_space(output, plans.gpus)
+            build.tokenizer()
+            for name in components:
+                build.component(name)
+            build.plans(plans)
+            if previous is not None and not build.changed and list(has) == lengths:
+                report("nothing has changed")
+                stage.discard()
+                return previous
+            stage.complete(encode_manifest(build.manifest()), output)
+        return open_bundle(output)
 
 
 @dataclass
@@ -241,6 +243,7 @@ def _previous(output: Path) -> Bundle | None:
         bundle.check()
     except BundleError:
         return None
+    shutil.rmtree(retired, ignore_errors=True)  # killed after the second
     return bundle
 
 

@@ -2,16 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 from msgspec import Struct, field
 
 from ttt_video_engine.export.journal import journal_of
 from ttt_video_engine.export.keys import Key, differences
 from ttt_video_engine.runtime.bundle import ENGINES, MANIFEST, Bundle, FileEntry, GraphEntry
+from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import atomic_write, link_or_copy, sha256_of
 
 FINISHED = "finished.json"
@@ -134,6 +137,24 @@ class Stage:
     def _note(self) -> None:
         with atomic_write(self.root / FINISHED) as partial:
             partial.write_bytes(msgspec.json.encode(self.finished))
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keeps others from exporting to `output`. Raises OutputError where another does."""
+    path = output.absolute().with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"{output}: another export is writing it; wait for that one, or stop it") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where the system keeps a file that is open
+            path.unlink()
+        lock.release()
 
 
 def open_stage(output: Path, previous: Bundle | None, report: Callable[[str], None]) -> Stage:

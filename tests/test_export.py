@@ -228,6 +228,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(bundle: Path, digests: Dig
     assert os.listdir(bundle.parent) == ["bundle"]
 
 
+def test_a_kill_after_both_renames_leaves_no_second_bundle(bundle: Path, digests: Digests) -> None:
+    before = digests(bundle)
+    shutil.copytree(bundle, bundle.with_name(".bundle.previous"))
+    export_bundle(SEEDED, bundle, ["9s"], "float32", silent)
+    assert digests(bundle) == before
+    assert os.listdir(bundle.parent) == ["bundle"]
+
+
 # Other sources, other precisions
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_video_engine.export import build, parity
 from ttt_video_engine.export.build import export_bundle
 from ttt_video_engine.export.source import Component, SeededSource
-from ttt_video_engine.export.stage import Stage
+from ttt_video_engine.export.stage import Stage, alone
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import CheckFailed, OutputError
@@ -141,6 +141,13 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(bundle: Path, digest
     export(OtherTextEncoder, bundle)
     open_bundle(bundle).verify()
     assert os.listdir(bundle.parent) == ["bundle"]
+
+
+def test_two_exports_to_one_place(tmp_path: Path) -> None:
+    expected = r"bundle: another export is writing it; wait for that one, or stop it"
+    with alone(tmp_path / "bundle"), pytest.raises(OutputError, match=expected):
+        export(SeededSource, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_finished_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

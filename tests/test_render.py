@@ -1,5 +1,6 @@
 """Videos of a tiny bundle, from the command line to the mp4: what is made, what repeats, what a failure leaves."""
 
+import gc
 import json
 import os
 import signal
@@ -8,16 +9,17 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from weakref import ref
 
 import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLoader
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, plan_jobs
+from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, plan_jobs, render
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 
@@ -75,6 +77,28 @@ def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) 
     }
     assert [scene["text"] for scene in sidecar["storyboard"]["scenes"]] == [scene["text"] for scene in scenes]
     assert sidecar["truncations"] == [warning.removeprefix("warning: bear.json: ")]
+
+
+def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Path) -> None:
+    """Each is freed before the next is loaded, the session of ONNX Runtime with it."""
+    bundle, sessions, loaded = open_bundle(shared_bundle), list[ref[object]](), list[str]()
+    real = OnnxRuntimeLoader(bundle)
+
+    def load(graph: str) -> OnnxRuntimeEngine:
+        gc.collect()
+        assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
+        engine = real(graph)
+        sessions.append(ref(engine._session))
+        loaded.append(graph)
+        return engine
+
+    settings = Settings(num_steps=1)
+    jobs = plan_jobs(
+        bundle, load_storyboards(storyboard(tmp_path / "bear.json", BEAR)), settings, tmp_path, overwrite=False
+    )
+    (video,) = render(bundle, load, jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
+    assert video.is_file()
+    assert loaded == ["text_encoder", "transformer-3s", "vae_decoder-first", "vae_decoder-next"]
 
 
 def test_a_video_depends_on_its_scenes_and_the_settings_alone(run: Run, shared_bundle: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ttt_video_engine.export.graph import OPSET, TORCH_DTYPES, Graph, read_signa
 from ttt_video_engine.export.journal import journal_of
 from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key, weights_key
 from ttt_video_engine.export.parity import Gate
-from ttt_video_engine.export.plans import build_plans, check_gpus
+from ttt_video_engine.export.plans import build_plans, bytes_built, check_gpus
 from ttt_video_engine.export.source import Component, ModelSource, components_of
 from ttt_video_engine.export.stage import Stage, alone, open_stage, retired_folder
 from ttt_video_engine.export.weights import WeightFile, lay_out, write_weights
@@ -119,14 +119,20 @@ class _Build:
 
     def check_space(self, output: Path, gpus: Sequence[str]) -> None:
         """Raises OutputError unless the disk has room for all that may have to be written."""
+        previous = self.stage.previous
+        folders = [self.stage.root] if previous is None else [previous.root, self.stage.root]
+        built = bytes_built(folders, gpus)
         needs = {}
         for name in self.components:
             file, _ = self._layout(name)
-            is_there = self.stage.weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)) is not None
-            begun = file.path.stat().st_size if journal_of(file.path).exists() else 0
             graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
-            # A plan holds the weights of its graph.
-            needs[name] = (0 if is_there else file.size - begun) + graphs * (GRAPH_BYTES + len(gpus) * file.size)
+            plans = graphs * len(gpus) * file.size  # a plan holds the weights of its graph
+            if self.stage.weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)) is not None:
+                plans = max(0, plans - sum(size for graph, size in built.items() if graph.startswith(name)))
+                weights = 0
+            else:
+                weights = file.size - (file.path.stat().st_size if journal_of(file.path).exists() else 0)
+            needs[name] = weights + graphs * GRAPH_BYTES + plans
         check_space(output, needs)
 
     def tokenizer(self) -> None:

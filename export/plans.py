@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -82,6 +83,19 @@ def build_plans(
         report(f"{graph} for {gpu}: {_summary(plan)}")
         changed = True
     return changed
+
+
+def bytes_built(folders: Iterable[Path], gpus: Collection[str]) -> dict[str, int]:
+    """Graph → bytes of its plans for `gpus` that one of these bundles has, or a folder in which one grows."""
+    sizes: dict[Place, int] = {}
+    for folder in folders:
+        with suppress(EngineError):  # a plan that cannot be read is built again
+            sizes |= {(plan.entry.graph, plan.entry.gpu): plan.entry.size for plan in list_plans(folder)}
+    built: dict[str, int] = {}
+    for (graph, gpu), size in sizes.items():
+        if gpu in gpus:
+            built[graph] = built.get(graph, 0) + size
+    return built
 
 
 def check_gpus(gpus: Iterable[str]) -> None:

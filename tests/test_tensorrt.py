@@ -23,9 +23,10 @@ from ttt_video_engine.engines.tensorrt.plan import (
     list_plans,
 )
 from ttt_video_engine.engines.tensorrt.plugin import check_shapes
+from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import graph as onnx_graph
 from ttt_video_engine.export import plans
-from ttt_video_engine.export.build import WEIGHTS_FILE
+from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
 from ttt_video_engine.export.components import Graph, graphs_of, text_encoder_graph, transformer_graph
 from ttt_video_engine.export.graph import TORCH_DTYPES
 from ttt_video_engine.export.plans import build_plans, profiles
@@ -142,7 +143,7 @@ def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.plan*"))
 
 
-def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
+def test_a_bundle_with_plans(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tmp_path / "bundle"
 
     def export(*options: object) -> list[str]:
@@ -160,7 +161,11 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path) -> None:
 
     before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.plan")}
     assert export("--precision", "bf16") == ["nothing has changed"]
-    assert export(*options)[-1] == "nothing has changed"
+    needs: list[dict[str, int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "check_space", lambda target, needed: needs.append(needed))
+        assert export(*options)[-1] == "nothing has changed"
+    assert needs == [{"text_encoder": GRAPH_BYTES, "transformer": GRAPH_BYTES, "vae_decoder": 2 * GRAPH_BYTES}]
     lines = export(*options, "--no-plugin")
     assert sum(line.endswith(": unchanged") for line in lines) == 6
     assert sum("settings changed" in line for line in lines) == 2

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import so_far, table
+from measure import print_row, table
 
 from ttt_video_engine.engines.kernels.compile import PRECISIONS, SHARED_MEMORY, NoKernel, compile_kernel
 
@@ -24,10 +24,10 @@ def main() -> None:
                     try:
                         cubin = compile_kernel(op, gpu=gpu, dtype=dtype, folder=Path(folder), **sizes)
                     except NoKernel as reason:
-                        rows.append(so_far([*name, "–", "–", "–", str(reason)]))
+                        rows.append(print_row([*name, "–", "–", "–", str(reason)]))
                         continue
                     used = [f"{cubin.num_warps * 32}", f"{cubin.registers}", f"{cubin.spills:,}"]
-                    rows.append(so_far([*name, *used, f"{cubin.shared_memory:,}"]))
+                    rows.append(print_row([*name, *used, f"{cubin.shared_memory:,}"]))
     header = ["scan", "tensors", "products", "GPU", "threads", "registers", "stack", "shared memory"]
     print(table(header, rows))
 

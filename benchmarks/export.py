@@ -16,13 +16,13 @@ from time import perf_counter
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from measure import peak_memory, so_far, table
+from measure import peak_memory, print_row, table
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from ttt_video_engine.export.build import export_bundle
-from ttt_video_engine.export.source import CheckpointSource, Component, SeededSource
-from ttt_video_engine.reference.initialise import described
+from ttt_video_engine.export.sources.source import CheckpointSource, Component, SeededSource
+from ttt_video_engine.reference.initialise import on_meta_device
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import ModelConfig, TextEncoderConfig, VaeConfig
@@ -58,7 +58,7 @@ def measure(folder: Path) -> None:
     written, read = disk_speed(folder / "probe")
     start = perf_counter()
     size = make_checkpoint(folder / "checkpoint/transformer")
-    so_far([f"checkpoint of {size:,} bytes made in {perf_counter() - start:.0f} s"])
+    print_row([f"checkpoint of {size:,} bytes made in {perf_counter() - start:.0f} s"])
     rows, sizes = [], []
     for length in LENGTHS:
         forget(folder / "checkpoint/transformer")
@@ -67,7 +67,7 @@ def measure(folder: Path) -> None:
         sizes.append(tree_size(folder / "bundle") - before)
         limit = "met" if run.peak <= MEMORY_LIMIT else "missed"
         phases = [f"{run.seconds[phase]:.0f}" for phase in ("weights", "graph", "parity", "all")]
-        rows.append(so_far([f"5B mlp bfloat16 {length}", f"{sizes[-1]:,}", *phases, f"{run.peak:.2f} ({limit})"]))
+        rows.append(print_row([f"5B mlp bfloat16 {length}", f"{sizes[-1]:,}", *phases, f"{run.peak:.2f} ({limit})"]))
         if length == LENGTHS[0]:
             speed = size / run.seconds["weights"]
     print(table(["export", "new bytes", "weights s", "graph s", "parity s", "all s", "peak GiB"], rows))
@@ -110,7 +110,7 @@ def forget(path: Path) -> None:
 def make_checkpoint(folder: Path) -> int:
     """Random weights under the public code's names, in shards with an index; their bytes."""
     folder.mkdir(parents=True)
-    module = described(lambda: DiffusionTransformer(model().transformer)).to(torch.bfloat16)
+    module = on_meta_device(lambda: DiffusionTransformer(model().transformer)).to(torch.bfloat16)
     state = {f"dit.{name}": value for name, value in module.state_dict().items()}
     # Random numbers take longer than the disk: all weights are pieces of these.
     block = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_STD).bfloat16()
@@ -170,7 +170,7 @@ def export(folder: Path, length: str) -> None:
     times: dict[str, float] = {}
 
     def report(line: str) -> None:
-        so_far([f"{perf_counter() - start:6.1f} s", line])
+        print_row([f"{perf_counter() - start:6.1f} s", line])
         for phase, mark in MARKS.items():
             if line.startswith("transformer") and mark in line:
                 times[phase] = perf_counter()

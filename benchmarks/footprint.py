@@ -8,9 +8,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from measure import peak_memory, so_far, table
+from measure import peak_memory, print_row, table
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+from ttt_video_engine.planning.memory import cpu_memory
+from ttt_video_engine.planning.shapes import file_bytes, weight_shapes
 from ttt_video_engine.runtime.bundle import (
     MANIFEST,
     TEXT_ENCODER,
@@ -18,12 +20,10 @@ from ttt_video_engine.runtime.bundle import (
     Bundle,
     Manifest,
     open_bundle,
-    transformer_graph,
+    transformer_graph_name,
 )
 from ttt_video_engine.runtime.config import ModelConfig, TTTKind
-from ttt_video_engine.runtime.memory import cpu_memory
 from ttt_video_engine.runtime.pipeline import decode
-from ttt_video_engine.runtime.shapes import file_bytes, weight_shapes
 
 CASES = (("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1))
 """Components, and the branches of guidance in a batch: one with --low-memory."""
@@ -43,7 +43,7 @@ def main() -> None:
             _exported(Path(folder), name, ttt, lengths) for name in ("tiny", "debug") for ttt in ("linear", "mlp")
         ]:
             for length in lengths:
-                rows += [so_far(row) for row in rows_of(bundle, length)]
+                rows += [print_row(row) for row in rows_of(bundle, length)]
     print(table(["component", "batch", "measured MiB", "estimated MiB", "difference"], rows))
 
 
@@ -72,7 +72,7 @@ def peak_of(folder: Path, component: str, length: str, batch: int) -> int:
     bundle = Bundle(folder, msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest))
     if component == "vae_decoder":
         return _peak_of_decoding(bundle, length)
-    graph = TEXT_ENCODER if component == "text_encoder" else transformer_graph(length)
+    graph = TEXT_ENCODER if component == "text_encoder" else transformer_graph_name(length)
     free = {"batch": batch, "tokens": bundle.manifest.model.text_lengths[length]}
     inputs = {}
     for spec in bundle.graph(graph).inputs:
@@ -95,7 +95,7 @@ def _peak_of_decoding(bundle: Bundle, length: str) -> int:
 
 def _exported(parent: Path, name: str, ttt: TTTKind, lengths: list[str]) -> Path:
     from ttt_video_engine.export.build import export_bundle
-    from ttt_video_engine.export.source import SeededSource
+    from ttt_video_engine.export.sources.source import SeededSource
     from ttt_video_engine.runtime.presets import preset
 
     folder = parent / f"{name}-{ttt}"

@@ -8,21 +8,21 @@ from time import perf_counter
 
 import onnx
 import torch
-from measure import forget_peak, peak_memory, so_far, table
+from measure import forget_peak, peak_memory, print_row, table
 from torch import nn
 
 from ttt_video_engine.export.build import WEIGHTS_FILE
-from ttt_video_engine.export.components import graphs_of
-from ttt_video_engine.export.graph import Graph, save, trace
-from ttt_video_engine.export.ttt_op import DOMAIN
-from ttt_video_engine.export.weights import lay_out
-from ttt_video_engine.reference.initialise import hollow
-from ttt_video_engine.reference.stored import held
+from ttt_video_engine.export.graphs.components import component_graphs
+from ttt_video_engine.export.graphs.graph import Graph, save, trace
+from ttt_video_engine.export.graphs.weights import lay_out
+from ttt_video_engine.reference.checkpoints.lazy import lazy_state
+from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig, TTTKind
 from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.ttt_op import DOMAIN
 
 DTYPE = torch.bfloat16
 
@@ -36,16 +36,20 @@ def main() -> None:
     kinds: list[TTTKind] = options.ttt or ["linear", "mlp"]
     for ttt in kinds:
         model = preset("5B", ttt)
-        rows += component(model, hollow(lambda m=model: DiffusionTransformer(m.transformer), DTYPE), options.length)  # type: ignore[misc]
+        rows += component(
+            model, with_placeholder_weights(lambda m=model: DiffusionTransformer(m.transformer), DTYPE), options.length
+        )  # type: ignore[misc]
     model = preset("5B")
     if options.length is None:
-        rows += component(model, hollow(lambda: TextEncoder(model.text_encoder), DTYPE))
-        rows += component(model, hollow(lambda: VaeDecoder(model.vae), DTYPE))
+        rows += component(model, with_placeholder_weights(lambda: TextEncoder(model.text_encoder), DTYPE))
+        rows += component(model, with_placeholder_weights(lambda: VaeDecoder(model.vae), DTYPE))
     print(table(["graph", "tokens", "TTT nodes", "XQ", "graph bytes", "weight bytes", "seconds", "peak GiB"], rows))
 
 
 def component(model: ModelConfig, module: nn.Module, lengths: list[str] | None = None) -> list[list[str]]:
-    return [so_far(row(model, graph)) for graph in graphs_of(module, model, lengths or list(SCENES_PER_LENGTH))]
+    return [
+        print_row(row(model, graph)) for graph in component_graphs(module, model, lengths or list(SCENES_PER_LENGTH))
+    ]
 
 
 def row(model: ModelConfig, graph: Graph) -> list[str]:
@@ -55,7 +59,7 @@ def row(model: ModelConfig, graph: Graph) -> list[str]:
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        weights = lay_out(held(graph.module.state_dict()), path.with_name(WEIGHTS_FILE), DTYPE)
+        weights = lay_out(lazy_state(graph.module.state_dict()), path.with_name(WEIGHTS_FILE), DTYPE)
         save(trace(graph), path, weights, graph.ttt)
         seconds, size = perf_counter() - start, path.stat().st_size
         proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)

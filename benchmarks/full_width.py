@@ -12,15 +12,15 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from measure import forget_peak, peak_memory, private_memory, so_far, table
+from measure import forget_peak, peak_memory, print_row, private_memory, table
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_plan
-from ttt_video_engine.engines.tensorrt.plan import BuildSettings, Profile, ShapeRange
-from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
+from ttt_video_engine.engines.tensorrt.engine import BuildSettings, Profile, ShapeRange
 from ttt_video_engine.export.build import WEIGHTS_FILE
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.export.graphs import graph as onnx_graph
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.presets import preset
@@ -53,7 +53,7 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         with private_memory() as private:
             yield
         peaks = [f"{peak / 2**30:.2f}" for peak in (peak_memory(), private())]
-        rows.append(so_far([name, f"{perf_counter() - start:.1f}", *peaks, *result]))
+        rows.append(print_row([name, f"{perf_counter() - start:.1f}", *peaks, *result]))
 
     result: list[str] = []
     with stage(f"{num_layers} layers, random bfloat16 weights", result):
@@ -93,7 +93,7 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
     )
     result = []
     with stage(f"TensorRT build for {gpu}", result):
-        plan = build_plan(request, folder, lambda phase, done, total: None)
+        plan = build_engine(request, folder, lambda phase, done, total: None)
         layers = f"{len(plan.entry.plugins)} plugin layers" if plan.entry.plugins else plan.entry.fallback
         result.append(f"{plan.entry.size:,} bytes, {layers}")
 

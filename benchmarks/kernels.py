@@ -12,7 +12,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from cuda.bindings import runtime
-from measure import so_far, table
+from measure import print_row, table
 from msgspec.structs import replace
 from simple_scan import simple_linear
 
@@ -21,7 +21,7 @@ from ttt_video_engine.engines.kernels.compile import NoKernel, assemble, compile
 from ttt_video_engine.engines.kernels.cubin import Cubin, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
 from ttt_video_engine.runtime.config import TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import preset
 
 HEADS, HEAD_DIM = 48, 64
@@ -52,7 +52,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     try:
         gpu = device()
-    except EngineError as error:
+    except BackendError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     with closing(Stream()) as stream, TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def main() -> None:
         for op in MINI_BATCH:
             for length in LENGTHS:
                 for batch in (1, 2):
-                    rows.append(so_far(scan_row(stream, Path(folder), gpu.gpu, op, length, batch)))
+                    rows.append(print_row(scan_row(stream, Path(folder), gpu.gpu, op, length, batch)))
         print(table(["scan", "tokens", "batch", "ms", "TFLOP/s", "GB/s", "simple ms", "faster"], rows))
 
 

@@ -76,7 +76,7 @@ def private_memory() -> Iterator[Callable[[], int]]:
         watcher.join()
 
 
-def so_far(row: list[str]) -> list[str]:
+def print_row(row: list[str]) -> list[str]:
     """Shows a row as soon as it is measured: a table of long runs is worth something before it is whole."""
     print("  ".join(row), file=sys.stderr, flush=True)
     return row

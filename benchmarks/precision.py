@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from measure import so_far, table
+from measure import print_row, table
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ttt_video_engine.engines.kernels.compile import PRECISIONS
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.parity import random_cases
-from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.parity.gate import random_cases
+from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
-from ttt_video_engine.runtime.config import DiffusionConfig, DType, TTTKind
+from ttt_video_engine.runtime.config import DiffusionConfig, TTTKind
+from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
 from ttt_video_engine.runtime.sampler import Array, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
@@ -111,7 +112,7 @@ def scans() -> str:
                 with RoundedProducts(ROUNDINGS[precision]):
                     on_chip = scan(*stored.values()).to(_DTYPES[dtype]).float()
                 name = [f"TTT-{op}, C = {mini_batch_size}", f"{weight_std:g}", dtype, precision]
-                rows.append(so_far([*name, error(of_stored, exact), error(on_chip, of_stored)]))
+                rows.append(print_row([*name, error(of_stored, exact), error(on_chip, of_stored)]))
     return table(
         ["scan", "weights' std", "tensors", "products", "tensors rounded", "products and output rounded"], rows
     )
@@ -128,7 +129,7 @@ def transformers() -> str:
         for dtype in (torch.float16, torch.bfloat16):
             found = velocity_and_latents(copy.deepcopy(exact).to(dtype), dtype, model.diffusion, *inputs)
             errors = [f"{(a - b).norm() / b.norm():.1e}" for a, b in zip(found, expected, strict=True)]
-            rows.append(so_far([f"tiny {ttt} 9s", str(dtype).removeprefix("torch."), *errors]))
+            rows.append(print_row([f"tiny {ttt} 9s", str(dtype).removeprefix("torch."), *errors]))
     return table(["transformer", "precision", "velocity", f"latents after {STEPS} steps"], rows)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import so_far, table
+from measure import print_row, table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.parity import random_cases
-from ttt_video_engine.export.source import SeededSource
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.parity.gate import random_cases
+from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.reference import attention, transformer, ttt_layer
 from ttt_video_engine.reference.transformer import TransformerLayer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
@@ -56,7 +56,7 @@ def scans() -> str:
                         found = scan(*inputs)
                 found = found.to(torch.float32)
                 cells.append(f"{float((found - exact).norm() / exact.norm()):.1e}")
-            rows.append(so_far([f"TTT-{ttt}, {length}", *cells]))
+            rows.append(print_row([f"TTT-{ttt}, {length}", *cells]))
     return table(["output of the scan, state and arithmetic in half", "bfloat16", "float16"], rows)
 
 
@@ -97,7 +97,7 @@ def measured(ttt: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             with patched(dtype):
                 found = half(latents.to(dtype), text.to(dtype), timestep).float()
             error = float((found - expected).norm() / expected.norm())
-            so_far([f"{ttt} {dtype}", part, f"{error:.2e}"])
+            print_row([f"{ttt} {dtype}", part, f"{error:.2e}"])
             yield part, error
 
 

@@ -37,7 +37,7 @@ def imports() -> str:
 
 def decode_memory() -> str:
     from ttt_video_engine.export.build import export_bundle
-    from ttt_video_engine.export.source import SeededSource
+    from ttt_video_engine.export.sources.source import SeededSource
     from ttt_video_engine.runtime.presets import preset
 
     folder = str(Path(__file__).parent)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, so_far, table
+from measure import interleaved, print_row, table
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
-from ttt_video_engine.export import graph as onnx_graph
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
 from ttt_video_engine.export.build import WEIGHTS_FILE
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.parity import random_cases
-from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.export.graphs import graph as onnx_graph
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.parity.gate import random_cases
+from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, TTTKind
 from ttt_video_engine.runtime.presets import preset
 
@@ -54,7 +54,7 @@ def exported(name: str, ttt: TTTKind, length: str) -> Iterator[Case]:
         weights = write_module(graph.module, path.with_name(WEIGHTS_FILE))
         onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
         inputs, outputs = onnx_graph.read_signature(path)
-        with OnnxRuntimeEngine(path, inputs, outputs, num_threads=threads) as engine:
+        with OnnxRuntimeRunner(path, inputs, outputs, num_threads=threads) as engine:
 
             def reference() -> Array:
                 with torch.no_grad():
@@ -87,7 +87,7 @@ def against_reference() -> str:
                     "met" if ratio >= AIM else "missed",
                     f"{error:.1e}",
                 ]
-                rows.append(so_far(row))
+                rows.append(print_row(row))
     header = ["step", "tokens", "PyTorch ms", "ONNX Runtime ms", "faster", f"aim {AIM:g}x", "max error"]
     return table(header, rows)
 
@@ -100,7 +100,7 @@ def over_length() -> str:
             (seconds,) = interleaved([case.onnx_runtime], repetitions=7)
         per_token[length] = seconds / case.tokens
         row = [length, f"{case.tokens}", f"{seconds * 1e3:.1f}", f"{per_token[length] * 1e6:.2f}"]
-        rows.append(so_far(row))
+        rows.append(print_row(row))
     ratio = per_token["63s"] / per_token["9s"]
     verdict = "met" if ratio < FLAT else "missed"
     printed = table(["tiny linear", "tokens", "ms a step", "µs a token"], rows)

@@ -1,1 +1,1 @@
-"""Runs graphs: the implementations of `runtime.engine.Engine`. Never torch."""
+"""Runs graphs: the implementations of `runtime.engine.Runner`. Never torch."""

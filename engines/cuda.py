@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ttt_video_engine.runtime.engine import AnyArray, Array
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import BackendError
+from ttt_video_engine.runtime.runner import AnyArray, Array
 
 _CURE = "run on a machine with an NVIDIA GPU, or use --engine onnxruntime"
 
@@ -36,11 +36,11 @@ class Device:
 def device(index: int = 0) -> Device:
     """The GPU with this number, made the one that this thread uses.
 
-    Raises EngineError, in one line with its cure, where the package, the driver or the GPU is missing.
+    Raises BackendError, in one line with its cure, where the package, the driver or the GPU is missing.
     """
     count = _device_count()
     if index >= count:
-        raise EngineError(f"GPU {index} is not there, {count} were found; {_CURE}")
+        raise BackendError(f"GPU {index} is not there, {count} were found; {_CURE}")
     api = _api()
     check(api.cudaSetDevice(index), f"GPU {index}")
     properties = check(api.cudaGetDeviceProperties(index), f"GPU {index}")
@@ -56,7 +56,7 @@ def device(index: int = 0) -> Device:
 
 
 def devices() -> list[Device]:
-    """All GPUs. Raises EngineError as `device` does; takes a moment and some memory on each of them."""
+    """All GPUs. Raises BackendError as `device` does; takes a moment and some memory on each of them."""
     return [device(index) for index in range(_device_count())]
 
 
@@ -68,12 +68,12 @@ def free_memory() -> int:
 def check(result: tuple[Any, ...], doing: str) -> Any:
     """What a CUDA function gave besides its status: nothing, a value, or a list of them.
 
-    Raises EngineError that names what was being done, and CUDA's error.
+    Raises BackendError that names what was being done, and CUDA's error.
     """
     status, *values = result
     if int(status) != 0:
         _, text = _api().cudaGetErrorString(status)
-        raise EngineError(f"{doing}: CUDA failed ({status.name}: {bytes(text).decode(errors='replace')})")
+        raise BackendError(f"{doing}: CUDA failed ({status.name}: {bytes(text).decode(errors='replace')})")
     return values[0] if len(values) == 1 else values or None
 
 
@@ -91,7 +91,7 @@ class Stream:
         return int(self._stream)
 
     def synchronize(self, doing: str) -> None:
-        """Waits for all that was queued. Raises EngineError if any of it failed, with `doing` as what it was."""
+        """Waits for all that was queued. Raises BackendError if any of it failed, with `doing` as what it was."""
         check(_api().cudaStreamSynchronize(self._stream), doing)
 
     def close(self) -> None:
@@ -100,14 +100,14 @@ class Stream:
 
 
 class DeviceBuffer:
-    """Memory on the GPU, owned: freed by `close`, or with the last reference. Raises EngineError where none is left."""
+    """Memory on the GPU, owned: freed by `close`, or with the last reference. Raises BackendError where none is left."""
 
     def __init__(self, num_bytes: int) -> None:
         api = _api()
         status, pointer = api.cudaMalloc(max(1, num_bytes))
         if status == api.cudaError_t.cudaErrorMemoryAllocation:
             api.cudaGetLastError()  # or the next call reports it again
-            raise EngineError(
+            raise BackendError(
                 f"{num_bytes:,} bytes of GPU memory are needed, {free_memory():,} are free; use --low-memory, or "
                 "export with --weight-streaming and use --gpu-memory"
             )
@@ -184,7 +184,7 @@ def to_device(array: AnyArray, stream: Stream) -> DeviceArray:
 class Graph:
     """Work that is recorded once and launched as a whole: `enqueue` is run while the stream records, not executes.
 
-    Addresses and shapes are part of the recording. Raises EngineError where the work cannot be recorded.
+    Addresses and shapes are part of the recording. Raises BackendError where the work cannot be recorded.
     """
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
@@ -204,7 +204,7 @@ class Graph:
                 self._executable = check(api.cudaGraphInstantiate(graph, 0), doing)
             finally:
                 api.cudaGraphDestroy(graph)
-        except EngineError:
+        except BackendError:
             api.cudaGetLastError()  # as above
             raise
         self._close = weakref.finalize(self, api.cudaGraphExecDestroy, self._executable)
@@ -235,9 +235,9 @@ def _api() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")  # ships no types
     except ModuleNotFoundError as error:
-        raise EngineError("cuda-bindings is not installed; run: pip install 'ttt-video-engine[tensorrt]'") from error
+        raise BackendError("cuda-bindings is not installed; run: pip install 'ttt-video-engine[tensorrt]'") from error
     except ImportError as error:
-        raise EngineError(f"cuda-bindings does not load ({error}); install it again") from error
+        raise BackendError(f"cuda-bindings does not load ({error}); install it again") from error
 
 
 def _device_count() -> int:
@@ -245,13 +245,13 @@ def _device_count() -> int:
     status, count = api.cudaGetDeviceCount()
     errors = api.cudaError_t
     if status == errors.cudaErrorInsufficientDriver and _driver_version() == "0.0":
-        raise EngineError(f"no NVIDIA driver was found; {_CURE}")
+        raise BackendError(f"no NVIDIA driver was found; {_CURE}")
     if status == errors.cudaErrorInsufficientDriver:
-        raise EngineError(f"the NVIDIA driver is too old: it knows CUDA up to {_driver_version()}; update the driver")
+        raise BackendError(f"the NVIDIA driver is too old: it knows CUDA up to {_driver_version()}; update the driver")
     if status == errors.cudaErrorNoDevice or (int(status) == 0 and count == 0):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-        raise EngineError(f"no NVIDIA GPU was found{hidden}; {_CURE}")
+        raise BackendError(f"no NVIDIA GPU was found{hidden}; {_CURE}")
     return int(check((status, count), "the NVIDIA driver"))
 
 

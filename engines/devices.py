@@ -7,9 +7,9 @@ import onnxruntime as ort
 
 from ttt_video_engine.engines.cuda import Device, devices
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, check_provider
+from ttt_video_engine.engines.tensorrt.engine import PackageName
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
-from ttt_video_engine.engines.tensorrt.plan import PackageName
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def survey() -> Survey:
     no_gpu = ""
     try:
         gpus = tuple(devices())
-    except EngineError as error:
+    except BackendError as error:
         no_gpu = str(error)
     providers = [_provider(name, no_gpu) for name in PROVIDERS]
     packages = [_package("tensorrt", gpus, no_gpu), _package("tensorrt_rtx", gpus, no_gpu)]
@@ -48,7 +48,7 @@ def _provider(name: str, no_gpu: str) -> Backend:
     try:
         check_provider(name)  # type: ignore[arg-type]  # a key of PROVIDERS is a name
         reason = "" if name == "cpu" else no_gpu
-    except EngineError as error:
+    except BackendError as error:
         reason = str(error).removeprefix(f"--provider {name}: ")
     return Backend(f"onnxruntime {name}", ort.__version__, not reason, reason)
 
@@ -57,7 +57,7 @@ def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backen
     """TensorRT needs its package, cuda-bindings, and a GPU that it builds for."""
     try:
         found = load_package(name).version
-    except EngineError as error:
+    except BackendError as error:
         return Backend(name, _distribution_version(name), False, str(error))
     if not gpus:
         return Backend(name, found, False, no_gpu)

@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime as ort
 
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.engine import AnyArray, Array, TensorSpec, check_inputs
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError
+from ttt_video_engine.runtime.runner import AnyArray, Array, TensorSpec, check_inputs
 
 ProviderName = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
@@ -24,10 +24,10 @@ _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeRunner:
     """One ONNX file in a session of its own.
 
-    `inputs` and `outputs` are what the file must have; EngineError where it has others, or where it does not load.
+    `inputs` and `outputs` are what the file must have; BackendError where it has others, or where it does not load.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class OnnxRuntimeEngine:
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code, without a base
-            raise EngineError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+            raise BackendError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         _check_signature(path, inputs, self._session.get_inputs())
         _check_signature(path, outputs, self._session.get_outputs())
 
@@ -58,14 +58,14 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
         if self._session is None:
-            raise EngineError(f"{self._name}: has been freed; load it again")
+            raise BackendError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self.inputs, inputs)
         names = [spec.name for spec in self.outputs]
         try:
             host = {name: np.asarray(array) for name, array in inputs.items()}
             return dict(zip(names, self._session.run(names, host), strict=True))
         except Exception as error:  # as above
-            raise EngineError(f"{self._name}: ONNX Runtime failed ({_first_line(error)})") from error
+            raise BackendError(f"{self._name}: ONNX Runtime failed ({_first_line(error)})") from error
 
     def __enter__(self) -> Self:
         return self
@@ -79,12 +79,12 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeLoader:
     """Loads graphs of a bundle. `provider` None takes CUDA where ONNX Runtime has it, `num_threads` 0 every core.
 
-    Raises EngineError for a provider that ONNX Runtime does not have, and for a bundle in bfloat16.
+    Raises BackendError for a provider that ONNX Runtime does not have, and for a bundle in bfloat16.
     """
 
     def __init__(self, bundle: Bundle, *, provider: ProviderName | None = None, num_threads: int = 0) -> None:
         if bundle.manifest.dtype == "bfloat16":
-            raise EngineError(
+            raise BackendError(
                 f"{bundle.root}: is bfloat16, which ONNX Runtime's CPU provider and numpy do not have; "
                 "use --engine tensorrt, or export with --dtype float16 or float32"
             )
@@ -98,15 +98,15 @@ class OnnxRuntimeLoader:
         for graph in graphs:
             self._bundle.graph(graph)
 
-    def __call__(self, graph: str) -> OnnxRuntimeEngine:
+    def __call__(self, graph: str) -> OnnxRuntimeRunner:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
-        engine = OnnxRuntimeEngine(
+        engine = OnnxRuntimeRunner(
             path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
         )
         # ONNX Runtime goes on without a provider that does not start, and says so in its log only.
         if self._provider is not None and self._providers[0] not in engine.providers:
-            raise EngineError(
+            raise BackendError(
                 f"--provider {self._provider}: {self._providers[0]} did not start; check the GPU and its driver, "
                 "or use --provider cpu"
             )
@@ -120,14 +120,14 @@ def available_providers() -> tuple[str, ...]:
 
 
 def check_provider(provider: ProviderName) -> tuple[str, ...]:
-    """The execution providers behind a choice. Raises EngineError where this build of ONNX Runtime lacks one.
+    """The execution providers behind a choice. Raises BackendError where this build of ONNX Runtime lacks one.
 
     Whether a GPU is there shows when a graph is loaded.
     """
     available = ort.get_available_providers()
     for name in PROVIDERS[provider]:
         if name not in available:
-            raise EngineError(
+            raise BackendError(
                 f"--provider {provider}: this ONNX Runtime {ort.__version__} has no {name}; "
                 "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
             )
@@ -139,15 +139,15 @@ def _check_signature(path: Path, expected: tuple[TensorSpec, ...], nodes: list[o
     for spec in expected:
         if found.get(spec.name) != spec:
             has = found.get(spec.name, "nothing of that name")
-            raise EngineError(f"{path}: the bundle promises {spec}, the graph has {has}; export the bundle again")
+            raise BackendError(f"{path}: the bundle promises {spec}, the graph has {has}; {EXPORT_AGAIN}")
     extra = sorted(set(found) - {spec.name for spec in expected})
     if extra:
-        raise EngineError(f"{path}: the graph has {', '.join(extra)}, not in the bundle; export the bundle again")
+        raise BackendError(f"{path}: the graph has {', '.join(extra)}, not in the bundle; {EXPORT_AGAIN}")
 
 
 def _spec(node: ort.NodeArg) -> TensorSpec:
     if node.type not in _DTYPES:
-        raise EngineError(f"{node.name} is a {node.type}; must be one of {', '.join(_DTYPES)}")
+        raise BackendError(f"{node.name} is a {node.type}; must be one of {', '.join(_DTYPES)}")
     return TensorSpec(node.name, _DTYPES[node.type], tuple(node.shape))  # type: ignore[arg-type]
 
 

@@ -6,26 +6,25 @@ bundle a tensor at a time. The new bundle grows beside the old one and takes its
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from ttt_video_engine.engines.tensorrt.builder import Progress
-from ttt_video_engine.engines.tensorrt.plan import BuildSettings
-from ttt_video_engine.export.components import graphs_of
-from ttt_video_engine.export.graph import OPSET, TORCH_DTYPES, Graph, read_signature, save, trace
-from ttt_video_engine.export.journal import journal_of
+from ttt_video_engine.engines.tensorrt.engine import BuildSettings
+from ttt_video_engine.export.engines import build_engines, bytes_built, check_gpus
+from ttt_video_engine.export.graphs.components import component_graphs
+from ttt_video_engine.export.graphs.graph import OPSET, TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.journal import journal_of
+from ttt_video_engine.export.graphs.weights import WeightFile, lay_out, write_weights
 from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key, weights_key
-from ttt_video_engine.export.parity import Gate
-from ttt_video_engine.export.plans import build_plans, bytes_built, check_gpus
-from ttt_video_engine.export.source import Component, ModelSource, components_of
-from ttt_video_engine.export.stage import Stage, alone, open_stage, retired_folder
-from ttt_video_engine.export.weights import WeightFile, lay_out, write_weights
-from ttt_video_engine.reference.initialise import described, hollow
-from ttt_video_engine.reference.stored import StoredState
+from ttt_video_engine.export.parity.gate import Gate
+from ttt_video_engine.export.sources.source import Component, ModelSource, components_of
+from ttt_video_engine.export.stage import Stage, export_lock, open_stage, retired_folder
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
+from ttt_video_engine.reference.initialise import on_meta_device, with_placeholder_weights
 from ttt_video_engine.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -36,7 +35,9 @@ from ttt_video_engine.runtime.bundle import (
     encode_manifest,
     open_bundle,
 )
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, DType
+from ttt_video_engine.runtime.callbacks import Progress, Report
+from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError, OutputError
 from ttt_video_engine.runtime.files import check_space, sha256_of, writing
 
@@ -44,12 +45,10 @@ WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
 """At most, for a graph without its weights: the largest of the 5B model has 3.1 MB."""
 
-Report = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class PlanRequest:
-    """TensorRT plans to have in a bundle: for which GPUs, built how."""
+class EngineRequest:
+    """TensorRT engines to have in a bundle: for which GPUs, built how."""
 
     gpus: tuple[str, ...] = ()
     settings: BuildSettings = field(default_factory=BuildSettings)
@@ -65,32 +64,32 @@ def export_bundle(
     lengths: Sequence[str],
     dtype: DType,
     report: Report,
-    plans: PlanRequest | None = None,
+    engines: EngineRequest | None = None,
     progress: Progress = _no_progress,
 ) -> Bundle:
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
-    Plans for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
+    Engines for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
     came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it
     ends before the end, `output` is then as it was, and what was finished waits beside it for the next export. Raises
     OutputError where another export of the same bundle is running.
     """
-    plans = plans or PlanRequest()
-    check_gpus(plans.gpus)
+    engines = engines or EngineRequest()
+    check_gpus(engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
     components = components_of(source)
-    with writing(output), alone(output):
+    with writing(output), export_lock(output):
         previous = _previous(output)
         has = () if previous is None else previous.manifest.lengths
         lengths = sorted({*lengths, *has}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
         with _staging(output, previous, report) as stage:
             build = _Build(source, components, dtype, lengths, stage, report, progress)
-            build.check_space(output, plans.gpus)
+            build.check_space(output, engines.gpus)
             build.tokenizer()
             for name in components:
                 build.component(name)
-            build.plans(plans)
+            build.engines(engines)
             if previous is not None and not build.changed and list(has) == lengths:
                 report("nothing has changed")
                 stage.discard()
@@ -126,13 +125,13 @@ class _Build:
         for name in self.components:
             file, _ = self._layout(name)
             graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
-            plans = graphs * len(gpus) * file.size  # a plan holds the weights of its graph
+            engines = graphs * len(gpus) * file.size  # an engine holds the weights of its graph
             if self.stage.weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)) is not None:
-                plans = max(0, plans - sum(size for graph, size in built.items() if graph.startswith(name)))
+                engines = max(0, engines - sum(size for graph, size in built.items() if graph.startswith(name)))
                 weights = 0
             else:
                 weights = file.size - (file.path.stat().st_size if journal_of(file.path).exists() else 0)
-            needs[name] = weights + graphs * GRAPH_BYTES + plans
+            needs[name] = weights + graphs * GRAPH_BYTES + engines
         check_space(output, needs)
 
     def tokenizer(self) -> None:
@@ -147,8 +146,8 @@ class _Build:
     def component(self, name: str) -> None:
         """Brings the weights of one component and its graphs into the stage, built or taken over."""
         file, entry = self._weights(name)
-        module = hollow(self.components[name].build, TORCH_DTYPES[self.dtype])
-        for graph in graphs_of(module, self.source.model, self.lengths):
+        module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
+        for graph in component_graphs(module, self.source.model, self.lengths):
             key = graph_key(self.source.model, weights=entry.sha256, dtype=self.dtype, opset=OPSET, length=graph.length)
             kept = self.stage.graph(graph.name, key)
             if kept is not None:
@@ -156,11 +155,11 @@ class _Build:
             self.graphs[graph.name] = kept or self.stage.add_graph(graph.name, self._graph(graph, file, key))
             self.changed = self.changed or not self._is_previous(graph.name)
 
-    def plans(self, request: PlanRequest) -> None:
-        """Brings TensorRT's plans into the stage, built or taken over."""
+    def engines(self, request: EngineRequest) -> None:
+        """Brings TensorRT's engines into the stage, built or taken over."""
         previous = None if self.stage.previous is None else self.stage.previous.root
         manifest, root = self.manifest(), self.stage.root
-        if build_plans(manifest, root, previous, request.gpus, request.settings, self.report, self.progress):
+        if build_engines(manifest, root, previous, request.gpus, request.settings, self.report, self.progress):
             self.changed = True
 
     def manifest(self) -> Manifest:
@@ -196,15 +195,15 @@ class _Build:
             )
             previous = self.stage.previous
             if previous is not None and previous.manifest.files.get(weights_name) == entry:
-                entry = self.stage.take_over(weights_name, key)  # another checkpoint of the same weights
+                entry = self.stage.reuse_weights(weights_name, key)  # another checkpoint of the same weights
             else:
                 entry = self.stage.add_weights(weights_name, key, entry)
         return file, entry
 
-    def _layout(self, name: str) -> tuple[WeightFile, StoredState]:
+    def _layout(self, name: str) -> tuple[WeightFile, LazyStateDict]:
         """Weights by the names that the graphs have for them: those of a wrapper around the component's module."""
         component = self.components[name]
-        wrapper = graphs_of(described(component.build), self.source.model, self.lengths[:1])[0].module
+        wrapper = component_graphs(on_meta_device(component.build), self.source.model, self.lengths[:1])[0].module
         weights = {full: component.weights[full.partition(".")[2]] for full in wrapper.state_dict()}
         path = self.stage.root / name / WEIGHTS_FILE
         return lay_out(weights, path, TORCH_DTYPES[self.dtype]), weights
@@ -259,7 +258,7 @@ def _staging(output: Path, previous: Bundle | None, report: Report) -> Iterator[
     try:
         yield stage
     except BaseException:
-        kept = stage.leave()
+        kept = stage.suspend()
         if kept:
             report(f"{kept:,} bytes that are finished stay in {stage.root}: export again to go on, or remove it")
         raise

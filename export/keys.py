@@ -11,7 +11,7 @@ from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import ModelConfig
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers")
-_SOURCES = ("export/*.py", "export/prose.txt", "reference/*.py", "runtime/config.py")
+_SOURCES = ("export/**/*.py", "export/sources/prose.txt", "reference/**/*.py", "runtime/*.py")
 
 Key = dict[str, str]
 

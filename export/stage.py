@@ -11,7 +11,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Struct, field
 
-from ttt_video_engine.export.journal import journal_of
+from ttt_video_engine.export.graphs.journal import journal_of
 from ttt_video_engine.export.keys import Key, differences
 from ttt_video_engine.runtime.bundle import ENGINES, MANIFEST, Bundle, FileEntry, GraphEntry
 from ttt_video_engine.runtime.errors import OutputError
@@ -42,10 +42,10 @@ class Stage:
         if name in here.files and here.weight_keys[name] == key and self._is_whole(name, here.files[name]):
             return here.files[name]
         if there is not None and there.manifest.weight_keys.get(name) == key:
-            return self.take_over(name, key)
+            return self.reuse_weights(name, key)
         return None
 
-    def take_over(self, name: str, key: Key) -> FileEntry:
+    def reuse_weights(self, name: str, key: Key) -> FileEntry:
         """Brings a file of the previous bundle into the folder, as what was made from `key`."""
         if self.previous is None:
             raise ValueError(f"{name} is of no bundle")
@@ -109,7 +109,7 @@ class Stage:
         (output / FINISHED).unlink()  # not before: a kill before the renaming must not lose what it notes
         shutil.rmtree(retired, ignore_errors=True)
 
-    def leave(self) -> int:
+    def suspend(self) -> int:
         """Ends a run that did not get to the end: bytes that the next one need not write again."""
         kept = [path for path in self.root.rglob("*") if path.is_file() and self._is_of_use(path)]
         if not kept:
@@ -128,7 +128,7 @@ class Stage:
 
     def _is_of_use(self, path: Path) -> bool:
         name = path.relative_to(self.root).as_posix()
-        return name in self.finished.files or journal_of(path).exists() or path.suffix == ".plan"
+        return name in self.finished.files or journal_of(path).exists() or path.suffix == ".engine"
 
     def _is_whole(self, name: str, entry: FileEntry) -> bool:
         path = self.root / name
@@ -140,7 +140,7 @@ class Stage:
 
 
 @contextmanager
-def alone(output: Path) -> Iterator[None]:
+def export_lock(output: Path) -> Iterator[None]:
     """Keeps others from exporting to `output`. Raises OutputError where another does."""
     path = output.absolute().with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)

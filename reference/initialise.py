@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ttt_video_engine.reference.stored import StoredState, StoredTensor
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor
 from ttt_video_engine.reference.ttt_layer import TTTLayer
 
 INNER_WEIGHT_STD = 0.02
@@ -33,12 +33,12 @@ def seeded(build: Callable[[], M], seed: int) -> M:
     return module.eval().requires_grad_(False)
 
 
-def hollow(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
+def with_placeholder_weights(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
     """The module that `build` makes, with weights of the right shapes and of `dtype` that take no memory.
 
     For tracing a model of any size. It cannot be loaded into.
     """
-    module = described(build)
+    module = on_meta_device(build)
     made: dict[nn.Parameter, nn.Parameter] = {}  # a weight of two names stays one
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
@@ -47,20 +47,20 @@ def hollow(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
     return module.eval()
 
 
-def described(build: Callable[[], M]) -> M:
+def on_meta_device(build: Callable[[], M]) -> M:
     """The module that `build` makes, its weights without values: names, shapes and what shares one tensor."""
     with torch.device("meta"):
         return build()
 
 
-def fresh(shapes: Mapping[str, torch.Size], seed: int) -> StoredState:
+def init_ttt_weights(shapes: Mapping[str, torch.Size], seed: int) -> LazyStateDict:
     """Weights that TTT layers and their gates start training with, by their names in the transformer.
 
     Matrices are normal with a standard deviation of 0.02, gates 0.1, scales of norms 1 and all biases 0. A weight
     depends on its name and the seed alone, so each is made when it is read.
     """
     return {
-        name: StoredTensor(tuple(shape), torch.float32, partial(_fresh, name, shape, seed))
+        name: LazyTensor(tuple(shape), torch.float32, partial(_fresh, name, shape, seed))
         for name, shape in shapes.items()
     }
 

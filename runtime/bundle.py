@@ -12,20 +12,23 @@ from pathlib import Path, PurePosixPath
 import msgspec
 from msgspec import Struct, field
 
-from ttt_video_engine.runtime.config import ClipSize, DType, ModelConfig
-from ttt_video_engine.runtime.engine import TensorSpec
-from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError
 from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.settings import Settings
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 ENGINES = "engines/"
+CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
+"""Prefixes of the VAE's inputs and outputs that one window hands to the next."""
 TEXT_ENCODER, VAE_FIRST, VAE_NEXT = "text_encoder", "vae_decoder-first", "vae_decoder-next"
 
 
-def transformer_graph(length: str) -> str:
+def transformer_graph_name(length: str) -> str:
     """Name of the transformer's graph for a length such as "9s"."""
     return f"transformer-{length}"
 
@@ -136,15 +139,15 @@ class Bundle:
     def _status(self, name: str) -> os.stat_result:
         path = self.path(name)
         if not path.is_file():
-            raise BundleError(f"{self.root}: {name} is missing; export the bundle again")
+            raise BundleError(f"{self.root}: {name} is missing; {EXPORT_AGAIN}")
         status = path.stat()
         if status.st_size != self.manifest.files[name].size:
-            raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
+            raise BundleError(f"{self.root}: {name} has changed since the export; {EXPORT_AGAIN}")
         return status
 
     def _verify(self, name: str) -> None:
         if sha256_of(self.path(name)) != self.manifest.files[name].sha256:
-            raise BundleError(f"{self.root}: {name} has changed since the export; export the bundle again")
+            raise BundleError(f"{self.root}: {name} has changed since the export; {EXPORT_AGAIN}")
 
 
 def open_bundle(root: Path) -> Bundle:
@@ -158,11 +161,11 @@ def open_bundle(root: Path) -> Bundle:
         if version > FORMAT_VERSION:
             raise BundleError(
                 f"{manifest_path}: format_version is {version}, this program reads up to {FORMAT_VERSION}; "
-                "update ttt-video-engine or export the bundle again"
+                f"update ttt-video-engine or {EXPORT_AGAIN}"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{manifest_path}: {error}; export the bundle again") from error
+        raise BundleError(f"{manifest_path}: {error}; {EXPORT_AGAIN}") from error
     _check_names(manifest_path, manifest)
     _check_shapes(manifest_path, manifest)
     return Bundle(root, manifest)
@@ -178,24 +181,24 @@ def _check_names(source: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-            raise BundleError(f"{source}: files: {name!r} leads out of the bundle; export the bundle again")
+            raise BundleError(f"{source}: files: {name!r} leads out of the bundle; {EXPORT_AGAIN}")
     used = {name for graph in manifest.graphs.values() for name in (graph.file, graph.weights)} | {TOKENIZER}
     for name in sorted(used - set(manifest.files)):
-        raise BundleError(f"{source}: files: {name!r} is used but not listed; export the bundle again")
+        raise BundleError(f"{source}: files: {name!r} is used but not listed; {EXPORT_AGAIN}")
 
 
 def _check_shapes(source: Path, manifest: Manifest) -> None:
     """Every component is there, and takes what the model's config calls for."""
     for name, expected in _expected_inputs(source, manifest).items():
         if name not in manifest.graphs:
-            raise BundleError(f"{source}: graphs: {name} is missing; export the bundle again")
+            raise BundleError(f"{source}: graphs: {name} is missing; {EXPORT_AGAIN}")
         found = {spec.name: spec for spec in manifest.graphs[name].inputs}
         for input_name, shape in expected.items():
             spec = found.get(input_name)
             if spec is None or spec.shape != shape:
                 raise BundleError(
                     f"{source}: graphs.{name}: takes {spec or f'no {input_name}'}, the model calls for {list(shape)}; "
-                    "export the bundle again"
+                    f"{EXPORT_AGAIN}"
                 )
 
 
@@ -203,13 +206,13 @@ def _expected_inputs(source: Path, manifest: Manifest) -> dict[str, dict[str, tu
     """Shapes by graph and input, the VAE's caches aside: their number is the decoder's own affair."""
     model = manifest.model
     if not manifest.lengths:
-        raise BundleError(f"{source}: lengths: is empty; export the bundle again")
+        raise BundleError(f"{source}: lengths: is empty; {EXPORT_AGAIN}")
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {TEXT_ENCODER: {"ids": ("batch", "tokens")}}
     for length in manifest.lengths:
         if length not in model.text_lengths:
-            raise BundleError(f"{source}: lengths: {length!r} is unknown; export the bundle again")
+            raise BundleError(f"{source}: lengths: {length!r} is unknown; {EXPORT_AGAIN}")
         size = model.clip_size(length)
-        expected[transformer_graph(length)] = {
+        expected[transformer_graph_name(length)] = {
             "latents": ("batch", *latent_shape(model, size)),
             "text": ("batch", size.num_scenes, size.text_length, model.transformer.text_dim),
             "timestep": ("batch",),

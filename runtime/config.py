@@ -11,18 +11,6 @@ from msgspec import Struct, field
 from ttt_video_engine.runtime.errors import ConfigError
 
 TTTKind = Literal["linear", "mlp"]
-DType = Literal["float32", "float16", "bfloat16"]
-"""Precision of weights and activations."""
-Precision = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-DTYPES: dict[Precision, DType] = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
-"""What a dtype may be called → its name."""
 LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
 
 SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}

@@ -10,15 +10,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ttt_video_engine.runtime import presets
-from ttt_video_engine.runtime.config import (
-    DTYPES,
-    SCENES_PER_LENGTH,
-    DType,
-    LengthName,
-    ModelConfig,
-    Precision,
-    TTTKind,
-)
+from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, LengthName, ModelConfig, TTTKind
+from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError, hint
 
 Table = dict[str, Any]

@@ -6,6 +6,14 @@
 import difflib
 from collections.abc import Iterable
 
+EXPORT_AGAIN = "export the bundle again"
+"""What to do where a bundle is damaged, too old, or not of this program."""
+
+
+def export_for_gpu(gpu: str) -> str:
+    """What to do where TensorRT's engines for a GPU are missing, damaged or too old."""
+    return f"run: ttt-video export --engine tensorrt --gpu {gpu}"
+
 
 class TTTVideoError(Exception):
     """Base of every error raised on purpose."""
@@ -29,7 +37,7 @@ class CheckpointError(TTTVideoError):
     """Weights that do not fit the model, or a file that is not what it claims to be."""
 
 
-class EngineError(TTTVideoError):
+class BackendError(TTTVideoError):
     """A graph that does not load, or inputs that do not match it."""
 
 

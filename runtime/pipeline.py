@@ -5,7 +5,7 @@ the bundle and the settings alone.
 """
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,17 +19,20 @@ from numpy.typing import NDArray
 
 from ttt_video_engine import __version__
 from ttt_video_engine.runtime.bundle import (
+    CACHE_IN,
+    CACHE_OUT,
     TEXT_ENCODER,
     TOKENIZER,
     VAE_FIRST,
     VAE_NEXT,
     Bundle,
     latent_shape,
-    transformer_graph,
+    transformer_graph_name,
 )
-from ttt_video_engine.runtime.engine import Engine, EngineLoader
+from ttt_video_engine.runtime.callbacks import Progress
 from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import atomic_write, check_folder, sha256_of
+from ttt_video_engine.runtime.runner import Runner, RunnerLoader
 from ttt_video_engine.runtime.sampler import Step, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Settings
@@ -40,12 +43,9 @@ from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
 
 VIDEO, SIDECAR = "video.mp4", "video.json"
 SIDECAR_VERSION = 1
-_CACHE_IN, _CACHE_OUT = "cache_in.", "cache_out."
 _PACKAGES = ("numpy", "onnxruntime", "av", "tokenizers")
 
 Floats = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total), called at the start of a stage and after every part of it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Job:
     folder: Path
 
 
-def plan_jobs(
+def prepare_jobs(
     bundle: Bundle, storyboards: list[Storyboard], settings: Settings, output_dir: Path, *, overwrite: bool
 ) -> list[Job]:
     """Checks everything that can be checked before the first video starts.
@@ -83,14 +83,14 @@ def plan_jobs(
     return jobs
 
 
-def graphs_of(jobs: list[Job]) -> list[str]:
+def graphs_needed(jobs: list[Job]) -> list[str]:
     """Every graph that `render` will load."""
-    transformers = dict.fromkeys(transformer_graph(job.length) for job in jobs)
+    transformers = dict.fromkeys(transformer_graph_name(job.length) for job in jobs)
     return [TEXT_ENCODER, *transformers, VAE_FIRST, VAE_NEXT]
 
 
 def render(
-    bundle: Bundle, load: EngineLoader, jobs: list[Job], settings: Settings, cache: TextCache, progress: Progress
+    bundle: Bundle, load: RunnerLoader, jobs: list[Job], settings: Settings, cache: TextCache, progress: Progress
 ) -> Iterator[Path]:
     """Renders every job and yields the path of each mp4 as it is complete."""
     bundle_digest = bundle.sha256
@@ -100,7 +100,7 @@ def render(
 
 
 def encode_prompts(
-    load: EngineLoader, jobs: list[Job], cache: TextCache, progress: Progress
+    load: RunnerLoader, jobs: list[Job], cache: TextCache, progress: Progress
 ) -> list[tuple[Floats, float]]:
     """Embeddings [2, S, N, text_dim] of each job, negative prompts first, and the seconds they took.
 
@@ -110,7 +110,7 @@ def encode_prompts(
     texts = []
     progress("text", 0, len(jobs))
     with ExitStack() as stack:
-        engine: Engine | None = None
+        engine: Runner | None = None
 
         def encode(ids: NDArray[np.int64]) -> Floats:
             nonlocal engine
@@ -130,7 +130,7 @@ def encode_prompts(
     return texts
 
 
-def denoise(bundle: Bundle, load: EngineLoader, length: str, text: Floats, settings: Settings) -> Iterator[Step]:
+def denoise(bundle: Bundle, load: RunnerLoader, length: str, text: Floats, settings: Settings) -> Iterator[Step]:
     """Every step from noise to latents [1, T, C, H, W]; the transformer is freed when the generator ends."""
     model = bundle.manifest.model
     shape = (1, *latent_shape(model, model.clip_size(length)))
@@ -141,7 +141,7 @@ def denoise(bundle: Bundle, load: EngineLoader, length: str, text: Floats, setti
     def draw_noise() -> Floats:
         return random.standard_normal(shape, dtype=np.float32)
 
-    with load(transformer_graph(length)) as engine:
+    with load(transformer_graph_name(length)) as engine:
 
         def velocities(x: Floats, timestep: int) -> tuple[Floats, Floats]:
             size = 1 if settings.low_memory else 2
@@ -164,7 +164,7 @@ def denoise(bundle: Bundle, load: EngineLoader, length: str, text: Floats, setti
         yield from sample(velocities, draw_noise(), schedule, guidance, settings.sampler, draw_noise)
 
 
-def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDArray[np.uint8]]:
+def decode(bundle: Bundle, load: RunnerLoader, latents: Floats) -> Iterator[NDArray[np.uint8]]:
     """Frames [T', height, width, 3] of each window of latents [1, T, C, H, W]; one window is in memory at a time."""
     size = bundle.manifest.model.vae.temporal_window
     with load(VAE_FIRST) as engine:
@@ -173,9 +173,9 @@ def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDAr
     with load(VAE_NEXT) as engine:
         for start in range(1 + size, latents.shape[1], size):
             caches = {
-                name.replace(_CACHE_OUT, _CACHE_IN, 1): value
+                name.replace(CACHE_OUT, CACHE_IN, 1): value
                 for name, value in outputs.items()
-                if name.startswith(_CACHE_OUT)
+                if name.startswith(CACHE_OUT)
             }
             outputs = engine.run({"latents": latents[:, start : start + size], **caches})
             yield to_frames(np.asarray(outputs["frames"], np.float32))
@@ -184,7 +184,7 @@ def decode(bundle: Bundle, load: EngineLoader, latents: Floats) -> Iterator[NDAr
 def _render_one(
     bundle: Bundle,
     bundle_digest: str,
-    load: EngineLoader,
+    load: RunnerLoader,
     job: Job,
     text: Floats,
     text_seconds: float,

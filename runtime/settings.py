@@ -6,6 +6,8 @@ from msgspec import Struct
 
 Guidance = Literal["dynamic", "upstream", "constant"]
 Sampler = Literal["ddim", "dpmpp-2m-sde"]
+BackendName = Literal["onnxruntime", "tensorrt"]
+"""What runs the graphs: the values of `--engine`."""
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

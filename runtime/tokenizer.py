@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError
 from ttt_video_engine.runtime.storyboard import Storyboard
 
 PAD_TOKEN = "<pad>"
@@ -55,7 +55,7 @@ class SceneTokenizer:
         vocab = tokenizer.get_vocab()
         missing = [token for token in _CONTROL_TOKENS if token not in vocab]
         if missing:
-            raise BundleError(f"the tokenizer lacks {', '.join(missing)}; export the bundle again")
+            raise BundleError(f"the tokenizer lacks {', '.join(missing)}; {EXPORT_AGAIN}")
         self._pad, self._end, self._scene_end, self._scene_start = (vocab[token] for token in _CONTROL_TOKENS)
         # What the file says of lengths would act before the scene tokens are there.
         tokenizer.no_truncation()
@@ -69,7 +69,7 @@ class SceneTokenizer:
         # The library raises plain Exception for a missing file and for a damaged one.
         except Exception as error:
             cause = " ".join(str(error).split())
-            raise BundleError(f"{path}: cannot be read ({cause}); export the bundle again") from error
+            raise BundleError(f"{path}: cannot be read ({cause}); {EXPORT_AGAIN}") from error
         try:
             return cls(tokenizer)
         except BundleError as error:

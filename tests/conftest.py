@@ -114,7 +114,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def _export(bundle: Path) -> dict[str, object]:
     # Here, as torch takes seconds that tests without a bundle need not wait for.
     from ttt_video_engine.export.build import export_bundle
-    from ttt_video_engine.export.source import SeededSource
+    from ttt_video_engine.export.sources.source import SeededSource
     from ttt_video_engine.runtime.presets import tiny
 
     source = SeededSource(tiny("linear"), seed=0)

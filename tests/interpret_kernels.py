@@ -14,12 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
 from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
+from ttt_video_engine.runtime.ttt_op import INPUTS
 
 KERNELS = {"linear": ttt_linear, "mlp": ttt_mlp}
-INPUTS = {
-    "linear": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1"),
-    "mlp": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1", "W2", "b2"),
-}
 
 
 def main(source: str, target: str) -> None:

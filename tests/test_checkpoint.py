@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from ttt_video_engine.export.source import CheckpointSource, Component
-from ttt_video_engine.export.weights import write_module
-from ttt_video_engine.reference.checkpoint import (
+from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.sources.source import CheckpointSource, Component
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor, open_state
+from ttt_video_engine.reference.checkpoints.upstream import (
     check_fit,
     text_encoder_weights,
     transformer_weights,
     vae_weights,
 )
-from ttt_video_engine.reference.initialise import described, seeded
+from ttt_video_engine.reference.initialise import on_meta_device, seeded
 from ttt_video_engine.reference.rope import rotary_angles
-from ttt_video_engine.reference.stored import StoredState, StoredTensor, open_state
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.errors import CheckpointError
@@ -51,16 +51,16 @@ def transformer_state() -> State:
     return seeded(lambda: DiffusionTransformer(tiny("mlp").transformer), 5).state_dict()
 
 
-def transformer_of(weights: StoredState) -> DiffusionTransformer:
+def transformer_of(weights: LazyStateDict) -> DiffusionTransformer:
     return Component(lambda: DiffusionTransformer(tiny("mlp").transformer), weights, "a file").load()
 
 
-def stored(state: State) -> StoredState:
+def stored(state: State) -> LazyStateDict:
     """As if it lay in a file."""
-    return {name: StoredTensor(tuple(value.shape), value.dtype, value.clone) for name, value in state.items()}
+    return {name: LazyTensor(tuple(value.shape), value.dtype, value.clone) for name, value in state.items()}
 
 
-def read(state: StoredState) -> State:
+def read(state: LazyStateDict) -> State:
     """All of it; what is described must be what is read."""
     tensors = {name: value.read() for name, value in state.items()}
     for name, value in state.items():
@@ -154,7 +154,7 @@ def test_a_t5_with_too_few_rows_is_refused() -> None:
 
 
 def test_names_that_do_not_fit_are_listed() -> None:
-    module = described(lambda: DiffusionTransformer(tiny("linear").transformer))
+    module = on_meta_device(lambda: DiffusionTransformer(tiny("linear").transformer))
     state = {name: torch.ones(value.shape) for name, value in module.state_dict().items()}
     del state["time_embed.0.bias"]
     state["final_layer.gain"] = torch.ones(1)

@@ -12,7 +12,7 @@ from ttt_video_engine.engines.devices import survey
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, check_provider
 from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.runtime.bundle import open_bundle
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import BackendError
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = ["onnxruntime cpu", "onnxruntime cuda", "onnxruntime tensorrt", "tensorrt", "tensorrt_rtx"]
@@ -93,7 +93,7 @@ def test_the_provider_that_was_asked_for_is_the_one_that_runs(shared_bundle: Pat
 def test_bfloat16_is_not_for_onnx_runtime(run: Run, bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((bundle / "bundle.json").read_bytes())
     (bundle / "bundle.json").write_text(json.dumps({**manifest, "dtype": "bfloat16"}))
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(BackendError) as raised:
         OnnxRuntimeLoader(open_bundle(bundle))
     found = str(raised.value)
     assert found.startswith(f"{bundle}: is bfloat16, ") and "--engine tensorrt" in found and "--dtype float16" in found

@@ -16,14 +16,14 @@ from formats import FORMATS, State, save_pickled
 from safetensors.torch import save_file
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
-from ttt_video_engine.export import parity
 from ttt_video_engine.export.build import export_bundle
-from ttt_video_engine.export.components import TransformerGraph, transformer_graph
-from ttt_video_engine.export.graph import trace
+from ttt_video_engine.export.graphs.components import TransformerGraph, transformer_graph
+from ttt_video_engine.export.graphs.graph import trace
+from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.keys import differences, stale_graphs, weights_key
-from ttt_video_engine.export.source import CheckpointSource, Component, SeededSource, components_of
-from ttt_video_engine.export.weights import write_module
-from ttt_video_engine.reference.initialise import hollow
+from ttt_video_engine.export.parity import gate
+from ttt_video_engine.export.sources.source import CheckpointSource, Component, SeededSource, components_of
+from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, TOKENIZER, Bundle, open_bundle
 from ttt_video_engine.runtime.errors import CheckFailed, OutputError
@@ -71,7 +71,7 @@ def test_every_graph_was_held_to_the_reference(shared_bundle: Path) -> None:
     for name, graph in open_bundle(shared_bundle).manifest.graphs.items():
         assert len({check.inputs for check in graph.parity}) == len(graph.parity)
         for check in graph.parity:
-            assert 0 < check.mean_error <= check.max_error <= check.tolerance == parity.TOLERANCES["float32"]
+            assert 0 < check.mean_error <= check.max_error <= check.tolerance == gate.TOLERANCES["float32"]
         assert ("real text" in [check.inputs for check in graph.parity]) == (not name.startswith("vae"))
 
 
@@ -194,7 +194,7 @@ def test_over_tolerance_leaves_the_bundle_as_it_was(
     bundle: Path, digests: Digests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = digests(bundle)
-    monkeypatch.setitem(parity.TOLERANCES, "float32", 0.0)
+    monkeypatch.setitem(gate.TOLERANCES, "float32", 0.0)
     with pytest.raises(CheckFailed, match=r"text_encoder: parity on .*: error .* is over 0e\+00; the bundle was left"):
         export_bundle(OTHER, bundle, ["9s"], "float32", silent)
     assert digests(bundle) == before
@@ -202,7 +202,7 @@ def test_over_tolerance_leaves_the_bundle_as_it_was(
 
 
 def test_over_tolerance_makes_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(parity.TOLERANCES, "float32", 0.0)
+    monkeypatch.setitem(gate.TOLERANCES, "float32", 0.0)
     with pytest.raises(CheckFailed):
         export_bundle(SEEDED, tmp_path / "bundle", ["3s"], "float32", silent)
     assert not (tmp_path / "bundle").exists()
@@ -316,7 +316,7 @@ def test_a_float16_mlp_bundle_passes_the_gate_and_renders(run: Run, tmp_path: Pa
 def check_float16(opened: Bundle) -> None:
     assert opened.manifest.dtype == "float16"
     for graph in opened.manifest.graphs.values():
-        assert all(1e-5 < check.max_error <= parity.TOLERANCES["float16"] for check in graph.parity)
+        assert all(1e-5 < check.max_error <= gate.TOLERANCES["float16"] for check in graph.parity)
         borders = [spec.dtype for spec in (*graph.inputs, *graph.outputs) if not spec.name.startswith("cache_")]
         assert "float16" not in borders
     model = onnx.load(opened.root / "transformer/model-3s.onnx", load_external_data=False)
@@ -330,7 +330,7 @@ def test_a_hollow_model_traces_to_the_same_graph() -> None:
     model = tiny("mlp")
     traced = []
     component = SeededSource(model, seed=0).transformer()
-    for module in (component.load(), hollow(component.build)):
+    for module in (component.load(), with_placeholder_weights(component.build)):
         graph = transformer_graph(module, model, "3s")
         traced.append(trace(graph))
     real, empty = (

@@ -6,15 +6,15 @@ import onnx
 import pytest
 import torch
 
-from ttt_video_engine.export.components import graphs_of
-from ttt_video_engine.export.graph import save, trace
-from ttt_video_engine.export.ttt_op import DOMAIN
-from ttt_video_engine.export.weights import lay_out
-from ttt_video_engine.reference.initialise import hollow
-from ttt_video_engine.reference.stored import held
+from ttt_video_engine.export.graphs.components import component_graphs
+from ttt_video_engine.export.graphs.graph import save, trace
+from ttt_video_engine.export.graphs.weights import lay_out
+from ttt_video_engine.reference.checkpoints.lazy import lazy_state
+from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.ttt_op import DOMAIN
 
 TOKENS = {"3s": 18_048, "9s": 51_456, "18s": 101_376, "30s": 168_320, "63s": 351_168}
 MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
@@ -26,9 +26,11 @@ def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> N
     """`benchmarks/full_size.py` shows what it takes."""
     model, mini_batch = preset("5B", ttt), MINI_BATCH[ttt]
     xq = ("batch", 48, TOKENS[length] // mini_batch, mini_batch, 64)
-    (graph,) = graphs_of(hollow(lambda: DiffusionTransformer(model.transformer), torch.bfloat16), model, [length])
+    (graph,) = component_graphs(
+        with_placeholder_weights(lambda: DiffusionTransformer(model.transformer), torch.bfloat16), model, [length]
+    )
     path = tmp_path / "model.onnx"
-    weights = lay_out(held(graph.module.state_dict()), tmp_path / "model.onnx_data", torch.bfloat16)
+    weights = lay_out(lazy_state(graph.module.state_dict()), tmp_path / "model.onnx_data", torch.bfloat16)
     save(trace(graph), path, weights, graph.ttt)  # which runs onnx's checker
     assert path.stat().st_size < 4e6 < 14e9 < weights.size < 15e9
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ttt_video_engine.export.golden import TOLERANCE, compare_recordings
+from ttt_video_engine.export.parity.recordings import TOLERANCE, compare_recordings
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError, TTTVideoError
 
 GOLDEN = Path(__file__).parent / "golden"

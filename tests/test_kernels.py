@@ -20,8 +20,9 @@ from torch.nn import functional
 from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel
 from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import BackendError
 
 GOLDEN = Path(__file__).parent / "golden"
 SCANS = {"linear": ttt_linear, "mlp": ttt_mlp}
@@ -207,7 +208,7 @@ def test_a_cubin_that_is_not_what_was_compiled(tmp_path: Path) -> None:
     cure = "run: ttt-video export --engine tensorrt --gpu sm_89"
 
     def message() -> str:
-        with pytest.raises(EngineError) as error:
+        with pytest.raises(BackendError) as error:
             read_cubin(tmp_path, name)
         return str(error.value)
 
@@ -250,9 +251,9 @@ def test_a_cubin_on_this_gpu(tmp_path: Path, op: TTTKind, mini_batch_size: int, 
     stream.synchronize("a TTT kernel")
     found = torch.from_numpy(np.asarray(arrays[-1])).view(DTYPES[dtype])
     check(found, inputs, op, ON_CHIP[dtype])
-    with pytest.raises(EngineError, match=r"XK is not aligned to 16 bytes"):
+    with pytest.raises(BackendError, match=r"XK is not aligned to 16 bytes"):
         kernel.launch(stream.handle, 2 * 48, [pointers[0], pointers[1] + 2, *pointers[2:]], sizes)
-    with pytest.raises(EngineError, match=r"tensors; must be XQ, XK"):
+    with pytest.raises(BackendError, match=r"tensors; must be XQ, XK"):
         kernel.launch(stream.handle, 2 * 48, pointers[1:], sizes)
     kernel.close()
 

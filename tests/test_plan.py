@@ -17,19 +17,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_video_engine.cli import app
-from ttt_video_engine.engines import fit
-from ttt_video_engine.export import graph as onnx_graph
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.export.graphs import graph as onnx_graph
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.sources.source import SeededSource
+from ttt_video_engine.planning import fit
+from ttt_video_engine.planning.flops import text_encoder_flops, transformer_flops, vae_window_flops
+from ttt_video_engine.planning.shapes import ALIGNMENT, file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import ConvCache, VaeDecoder
 from ttt_video_engine.runtime.bundle import GraphEntry, Manifest, encode_manifest, open_bundle
 from ttt_video_engine.runtime.config import ModelConfig, TTTKind
-from ttt_video_engine.runtime.flops import text_encoder_flops, transformer_flops, vae_window_flops
 from ttt_video_engine.runtime.presets import PRESETS, preset
-from ttt_video_engine.runtime.shapes import ALIGNMENT, file_bytes, num_parameters, weight_shapes
 
 Run = Callable[..., tuple[int, str, str]]
 KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
@@ -204,9 +204,9 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
     run: Run, arguments: list[str], settings: dict[str, object]
 ) -> None:
     found = planned(run, *arguments)
-    assert found["chosen"]["choice"] == {**found["asked"], **settings}
-    refused = [attempt for attempt in found["attempts"][: found["attempts"].index(found["chosen"])]]
-    assert not any(attempt["fits"] for attempt in refused)
+    assert found["chosen"]["settings"] == {**found["asked"], **settings}
+    refused = [candidate for candidate in found["candidates"][: found["candidates"].index(found["chosen"])]]
+    assert not any(candidate["fits"] for candidate in refused)
     export, sample = found["commands"]
     assert ("--weight-streaming" in export) == ("--gpu-memory" in sample) == ("weight_streaming" in settings)
     group = typer.main.get_command(app)
@@ -237,18 +237,18 @@ def test_what_fits_nowhere_ends_with_1(run: Run) -> None:
     found = planned(run, *MUST_SHOW, "8GB")
     assert found["chosen"] is None and found["commands"] == []
     assert found["verdict"].startswith("does not fit in 7.45 GiB of GPU memory, whatever the settings")
-    assert {attempt["choice"]["length"] for attempt in found["attempts"]} == {"3s", "9s", "18s", "30s", "63s"}
+    assert {candidate["settings"]["length"] for candidate in found["candidates"]} == {"3s", "9s", "18s", "30s", "63s"}
 
 
 def test_without_a_gpus_memory_there_is_no_verdict_on_it(run: Run) -> None:
     found = planned(run, "plan", "--preset", "debug", "--precision", "bf16")
     assert (found["engine"], found["available"], found["chosen"]) == ("tensorrt", None, None)
-    assert {attempt["fits"] for attempt in found["attempts"]} == {None}
+    assert {candidate["fits"] for candidate in found["candidates"]} == {None}
     assert found["verdict"].endswith("give --gpu-memory for a verdict")
 
 
 def test_streaming_needs_the_memory_of_the_host(run: Run) -> None:
-    plain, _, streaming = planned(run, *MUST_SHOW, "80GB")["attempts"]
+    plain, _, streaming = planned(run, *MUST_SHOW, "80GB")["candidates"]
     weights = planned(run, *MUST_SHOW, "80GB")["components"]["transformer"]["gpu"]["weights"]
     assert streaming["ram"] - plain["ram"] == plain["needed"] - streaming["needed"] == weights
 

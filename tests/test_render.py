@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLoader
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, plan_jobs, render
+from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, prepare_jobs, render
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 
@@ -84,7 +84,7 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
     bundle, sessions, loaded = open_bundle(shared_bundle), list[ref[object]](), list[str]()
     real = OnnxRuntimeLoader(bundle)
 
-    def load(graph: str) -> OnnxRuntimeEngine:
+    def load(graph: str) -> OnnxRuntimeRunner:
         gc.collect()
         assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
         engine = real(graph)
@@ -93,7 +93,7 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
         return engine
 
     settings = Settings(num_steps=1)
-    jobs = plan_jobs(
+    jobs = prepare_jobs(
         bundle, load_storyboards(storyboard(tmp_path / "bear.json", BEAR)), settings, tmp_path, overwrite=False
     )
     (video,) = render(bundle, load, jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
@@ -131,7 +131,7 @@ def latents(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(**options: object) -> NDArray[np.float32]:
         settings = Settings(**{"num_steps": 2, **options})  # type: ignore[arg-type]
-        jobs = plan_jobs(bundle, boards, settings, Path("nowhere"), overwrite=False)
+        jobs = prepare_jobs(bundle, boards, settings, Path("nowhere"), overwrite=False)
         ((text, _),) = encode_prompts(load, jobs, cache, lambda stage, done, total: None)
         *_, last = denoise(bundle, load, "3s", text, settings)
         assert last.latents.shape == (1, 13, 16, 8, 12) and np.isfinite(last.latents).all()

@@ -9,14 +9,14 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine
-from ttt_video_engine.export import graph as graphs
-from ttt_video_engine.export import repeat
-from ttt_video_engine.export.components import transformer_graph
-from ttt_video_engine.export.graph import Graph, read_signature, save, trace
-from ttt_video_engine.export.parity import random_cases
-from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.export.graphs import graph as graphs
+from ttt_video_engine.export.graphs import repeat
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.graph import Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.parity.gate import random_cases
+from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.presets import tiny
 
 LAYERS = 4
@@ -39,7 +39,7 @@ def content(model: ir.Model) -> tuple[Counter[tuple[str, str]], set[str], set[st
 def velocity(graph: Graph, model: ir.Model, folder: Path) -> NDArray[np.generic]:
     path = folder / "model.onnx"
     save(model, path, write_module(graph.module, folder / "model.onnx_data"), graph.ttt)
-    with OnnxRuntimeEngine(path, *read_signature(path)) as engine:
+    with OnnxRuntimeRunner(path, *read_signature(path)) as engine:
         case = random_cases(graph)["random, batch 1"]
         return engine.run({spec.name: value.numpy() for spec, value in zip(engine.inputs, case, strict=True)})[
             "velocity"

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from ttt_video_engine.export import build, parity
+from ttt_video_engine.export import build
 from ttt_video_engine.export.build import export_bundle
-from ttt_video_engine.export.source import Component, SeededSource
-from ttt_video_engine.export.stage import Stage, alone
+from ttt_video_engine.export.parity import gate
+from ttt_video_engine.export.sources.source import Component, SeededSource
+from ttt_video_engine.export.stage import Stage, export_lock
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import CheckFailed, OutputError
@@ -85,7 +86,7 @@ def test_what_was_finished_is_not_built_again(bundle: Path, digests: Digests, mo
     before = digests(bundle)
     report: list[str] = []
     with monkeypatch.context() as patch, pytest.raises(CheckFailed):
-        patch.setitem(parity.TOLERANCES, "float32", 0.0)
+        patch.setitem(gate.TOLERANCES, "float32", 0.0)
         export(OtherTextEncoder, bundle, report.append)
     assert digests(bundle) == before
     size = (bundle / "text_encoder/model.onnx_data").stat().st_size
@@ -145,7 +146,7 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(bundle: Path, digest
 
 def test_two_exports_to_one_place(tmp_path: Path) -> None:
     expected = r"bundle: another export is writing it; wait for that one, or stop it"
-    with alone(tmp_path / "bundle"), pytest.raises(OutputError, match=expected):
+    with export_lock(tmp_path / "bundle"), pytest.raises(OutputError, match=expected):
         export(SeededSource, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

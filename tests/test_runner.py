@@ -1,4 +1,4 @@
-"""Plans at run time: what is checked before a GPU is touched, and on a GPU, the same numbers as ONNX Runtime."""
+"""Engines at run time: what is checked before a GPU is touched, and on a GPU, the same numbers as ONNX Runtime."""
 
 import json
 import sys
@@ -15,31 +15,31 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.tensorrt.checks import (
-    check_plan,
+    check_engine,
     choose_profile,
     parse_memory,
-    usable_plan,
+    usable_engine,
     weight_budget,
 )
 from ttt_video_engine.engines.tensorrt.deserialise import deserialised
-from ttt_video_engine.engines.tensorrt.package import load_package
-from ttt_video_engine.engines.tensorrt.plan import (
+from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
     KERNELS,
     BuildSettings,
-    Plan,
-    PlanEntry,
+    EngineEntry,
+    EngineFile,
     Profile,
     ShapeRange,
+    engine_name,
     entry_path,
-    plan_name,
 )
+from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle, open_bundle
-from ttt_video_engine.runtime.engine import TensorSpec, check_inputs
-from ttt_video_engine.runtime.errors import ConfigError, EngineError
+from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.pipeline import decode
+from ttt_video_engine.runtime.runner import TensorSpec, check_inputs
 
 Run = Callable[..., tuple[int, str, str]]
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ CURE = f"run: ttt-video export --engine tensorrt --gpu {GPU}"
 def has_gpu() -> bool:
     try:
         return bool(cuda.device())
-    except EngineError:
+    except BackendError:
         return False
 
 
@@ -64,12 +64,12 @@ def package() -> Any:
     return load_package("tensorrt_rtx")
 
 
-def add_plan(root: Path, version: str, content: bytes = b"a plan", **changes: Any) -> Plan:
-    """Puts a plan with its JSON into a bundle, of the bundle's own graph unless `changes` say otherwise."""
+def add_engine(root: Path, version: str, content: bytes = b"an engine", **changes: Any) -> EngineFile:
+    """Puts an engine with its JSON into a bundle, of the bundle's own graph unless `changes` say otherwise."""
     manifest = open_bundle(root).manifest
     name = changes.get("graph", GRAPH)
     graph = manifest.graphs[name]
-    entry = PlanEntry(
+    entry = EngineEntry(
         graph=name,
         gpu=GPU,
         dtype=manifest.dtype,
@@ -90,12 +90,12 @@ def add_plan(root: Path, version: str, content: bytes = b"a plan", **changes: An
         },
     )
     entry = replace(entry, **changes)
-    path = root / FOLDER / plan_name(name, entry.dtype, entry.package, entry.package_version, entry.gpu)
+    path = root / FOLDER / engine_name(name, entry.dtype, entry.package, entry.package_version, entry.gpu)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     entry = replace(entry, sha256=sha256_of(path))
     entry_path(path).write_bytes(msgspec.json.encode(entry))
-    return Plan(path, entry)
+    return EngineFile(path, entry)
 
 
 # The command line
@@ -161,65 +161,65 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
         parse_memory(text)
 
 
-# Plans
+# Engines
 
 
-def test_the_plan_of_the_graph_and_the_gpu(bundle: Path, package: Any) -> None:
-    add_plan(bundle, package.version, gpu="sm_120")
-    add_plan(bundle, package.version, graph="vae_decoder-next")
-    expected = add_plan(bundle, package.version)
-    assert usable_plan(open_bundle(bundle), GRAPH, GPU) == (expected, package)
+def test_the_engine_of_the_graph_and_the_gpu(bundle: Path, package: Any) -> None:
+    add_engine(bundle, package.version, gpu="sm_120")
+    add_engine(bundle, package.version, graph="vae_decoder-next")
+    expected = add_engine(bundle, package.version)
+    assert usable_engine(open_bundle(bundle), GRAPH, GPU) == (expected, package)
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [((), "no GPU"), (("sm_86", "sm_120"), "sm_120, sm_86")])
-def test_a_bundle_without_a_plan_for_the_gpu(bundle: Path, gpus: tuple[str, ...], expected: str) -> None:
+def test_a_bundle_without_an_engine_for_the_gpu(bundle: Path, gpus: tuple[str, ...], expected: str) -> None:
     for gpu in gpus:
-        add_plan(bundle, "1.0", gpu=gpu)
-    with pytest.raises(EngineError) as raised:
-        usable_plan(open_bundle(bundle), GRAPH, GPU)
+        add_engine(bundle, "1.0", gpu=gpu)
+    with pytest.raises(BackendError) as raised:
+        usable_engine(open_bundle(bundle), GRAPH, GPU)
     assert str(raised.value) == f"{bundle}: {GRAPH} is built for {expected}, not for {GPU}; {CURE}"
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "longer", "missing"])
-def test_a_plan_that_is_not_what_was_built(bundle: Path, package: Any, damage: str) -> None:
-    plan = add_plan(bundle, package.version)
+def test_an_engine_that_is_not_what_was_built(bundle: Path, package: Any, damage: str) -> None:
+    engine = add_engine(bundle, package.version)
     if damage == "missing":
-        plan.path.unlink()
+        engine.path.unlink()
     else:
-        plan.path.write_bytes({"changed": b"a flan", "cut": b"a pla", "longer": b"a plans"}[damage])
-    with pytest.raises(EngineError) as raised:
-        usable_plan(open_bundle(bundle), GRAPH, GPU)
+        engine.path.write_bytes({"changed": b"a flan", "cut": b"a pla", "longer": b"a engines"}[damage])
+    with pytest.raises(BackendError) as raised:
+        usable_engine(open_bundle(bundle), GRAPH, GPU)
     what = "is missing" if damage == "missing" else "has changed since it was built"
-    assert str(raised.value) == f"{plan.path}: {what}; {CURE}"
+    assert str(raised.value) == f"{engine.path}: {what}; {CURE}"
 
 
-def test_a_plan_of_another_version(bundle: Path, package: Any) -> None:
+def test_an_engine_of_another_version(bundle: Path, package: Any) -> None:
     """It is refused, unless one of this version lies beside it."""
-    old = add_plan(bundle, "1.0.0.1")
-    with pytest.raises(EngineError) as raised:
-        usable_plan(open_bundle(bundle), GRAPH, GPU)
+    old = add_engine(bundle, "1.0.0.1")
+    with pytest.raises(BackendError) as raised:
+        usable_engine(open_bundle(bundle), GRAPH, GPU)
     assert str(raised.value) == (
         f"{old.path}: was built with tensorrt_rtx 1.0.0.1, installed is {package.version}; {CURE} "
         "(or pip install tensorrt-rtx==1.0.0.1)"
     )
-    new = add_plan(bundle, package.version)
-    assert usable_plan(open_bundle(bundle), GRAPH, GPU)[0] == new
+    new = add_engine(bundle, package.version)
+    assert usable_engine(open_bundle(bundle), GRAPH, GPU)[0] == new
 
 
-def test_a_plan_of_a_package_that_is_not_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_of_a_package_that_is_not_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     load_package.cache_clear()
-    add_plan(bundle, "10.0", package="tensorrt")
-    with pytest.raises(EngineError, match=r"^tensorrt is not installed; run: pip install tensorrt$"):
-        usable_plan(open_bundle(bundle), GRAPH, GPU)
+    add_engine(bundle, "10.0", package="tensorrt")
+    with pytest.raises(BackendError, match=r"^tensorrt is not installed; run: pip install tensorrt$"):
+        usable_engine(open_bundle(bundle), GRAPH, GPU)
     load_package.cache_clear()
 
 
-def test_a_plan_whose_json_is_damaged(bundle: Path) -> None:
-    plan = add_plan(bundle, "1.0")
-    entry_path(plan.path).write_text('{"graph": "transformer-3s"')
-    with pytest.raises(EngineError, match="export the bundle again with --engine tensorrt"):
-        usable_plan(open_bundle(bundle), GRAPH, GPU)
+def test_an_engine_whose_json_is_damaged(bundle: Path) -> None:
+    engine = add_engine(bundle, "1.0")
+    entry_path(engine.path).write_text('{"graph": "transformer-3s"')
+    with pytest.raises(BackendError, match="export the bundle again with --engine tensorrt"):
+        usable_engine(open_bundle(bundle), GRAPH, GPU)
 
 
 def renamed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -240,33 +240,35 @@ def renamed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         ),
     ],
 )
-def test_a_plan_of_another_export(bundle: Path, change: Callable[[PlanEntry], dict[str, Any]], expected: str) -> None:
-    plan = add_plan(bundle, "1.0")
-    changed = Plan(plan.path, replace(plan.entry, **change(plan.entry)))
-    check_plan(plan, open_bundle(bundle), "1.0")
-    with pytest.raises(EngineError) as raised:
-        check_plan(changed, open_bundle(bundle), "1.0")
+def test_an_engine_of_another_export(
+    bundle: Path, change: Callable[[EngineEntry], dict[str, Any]], expected: str
+) -> None:
+    engine = add_engine(bundle, "1.0")
+    changed = EngineFile(engine.path, replace(engine.entry, **change(engine.entry)))
+    check_engine(engine, open_bundle(bundle), "1.0")
+    with pytest.raises(BackendError) as raised:
+        check_engine(changed, open_bundle(bundle), "1.0")
     found = str(raised.value)
-    assert found.startswith(f"{plan.path}: ") and expected in found and found.endswith(CURE) and "\n" not in found
+    assert found.startswith(f"{engine.path}: ") and expected in found and found.endswith(CURE) and "\n" not in found
 
 
-def test_a_plan_without_its_kernels(bundle: Path) -> None:
-    plan = add_plan(bundle, "1.0", plugins={"layer 1": "ttt_linear-sm_89", "layer 2": "ttt_linear-sm_89"})
-    with pytest.raises(EngineError) as raised:
-        check_plan(plan, open_bundle(bundle), "1.0")
-    assert str(raised.value) == f"{plan.path}: its kernel ttt_linear-sm_89 is not in {bundle / KERNELS}; {CURE}"
+def test_an_engine_without_its_kernels(bundle: Path) -> None:
+    engine = add_engine(bundle, "1.0", plugins={"layer 1": "ttt_linear-sm_89", "layer 2": "ttt_linear-sm_89"})
+    with pytest.raises(BackendError) as raised:
+        check_engine(engine, open_bundle(bundle), "1.0")
+    assert str(raised.value) == f"{engine.path}: its kernel ttt_linear-sm_89 is not in {bundle / KERNELS}; {CURE}"
     (bundle / KERNELS).mkdir()
     (bundle / KERNELS / "ttt_linear-sm_89.cubin").write_bytes(b"cubin")
-    check_plan(plan, open_bundle(bundle), "1.0")
+    check_engine(engine, open_bundle(bundle), "1.0")
 
 
-def test_bytes_that_are_no_plan(bundle: Path, package: Any) -> None:
+def test_bytes_that_are_no_engine(bundle: Path, package: Any) -> None:
     """TensorRT itself refuses them, with or without a GPU."""
-    plan = add_plan(bundle, package.version, content=b"no plan at all" * 100)
-    with pytest.raises(EngineError) as raised:
-        deserialised(package, package.api.Runtime(package.logger), plan)
+    engine = add_engine(bundle, package.version, content=b"no engine at all" * 100)
+    with pytest.raises(BackendError) as raised:
+        deserialised(package, package.api.Runtime(package.logger), engine)
     found = str(raised.value)
-    assert found.startswith(f"{plan.path}: tensorrt_rtx cannot load it (IRuntime::deserializeCudaEngine: ")
+    assert found.startswith(f"{engine.path}: tensorrt_rtx cannot load it (IRuntime::deserializeCudaEngine: ")
     assert found.endswith(CURE) and "\n" not in found
 
 
@@ -289,7 +291,7 @@ def test_a_graph_without_free_axes_has_one_profile() -> None:
 
 
 def test_shapes_that_no_profile_takes() -> None:
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(BackendError) as raised:
         choose_profile("g", PROFILES, {"x": (5, 4), "t": (1,)})
     assert str(raised.value).startswith(
         "g: input x is [5, 4]; the engine was built for [1, 4] … [1, 4] or [1, 4] … [4, 4] or [1, 4] … [4, 4]; "
@@ -327,7 +329,7 @@ def test_weights_that_stay_on_the_gpu(
     ],
 )
 def test_too_little_memory(streamable: int, low_memory: bool, expected: str) -> None:
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(BackendError) as raised:
         weight_budget(
             "g", weights=10_000, streamable=streamable, activations=5000, available=6000, low_memory=low_memory
         )
@@ -348,7 +350,7 @@ def test_inputs_may_lie_elsewhere(shared_bundle: Path) -> None:
     """They are held to the graph as numpy's are, and ONNX Runtime fetches them."""
     specs = (TensorSpec("cache_in.0", "bfloat16", (1, "n")),)
     check_inputs("g", specs, {"cache_in.0": Elsewhere(np.zeros((1, 3), np.uint16))})
-    with pytest.raises(EngineError, match=r"input cache_in.0 is float32\[1, 3\]; must be cache_in.0 bfloat16"):
+    with pytest.raises(BackendError, match=r"input cache_in.0 is float32\[1, 3\]; must be cache_in.0 bfloat16"):
         check_inputs("g", specs, {"cache_in.0": Elsewhere(np.zeros((1, 3), np.float32))})
 
     ids = np.arange(12, dtype=np.int64).reshape(2, 6)
@@ -375,7 +377,7 @@ def test_an_array_on_the_gpu() -> None:
 def test_more_memory_than_the_gpu_has() -> None:
     total = cuda.device().total_memory
     with pytest.raises(
-        EngineError, match=f"^{total + 1:,} bytes of GPU memory are needed, [0-9,]+ are free; use --low"
+        BackendError, match=f"^{total + 1:,} bytes of GPU memory are needed, [0-9,]+ are free; use --low"
     ):
         cuda.DeviceBuffer(total + 1)
     cuda.DeviceBuffer(1).close()  # and the error is not reported again
@@ -383,15 +385,15 @@ def test_more_memory_than_the_gpu_has() -> None:
 
 @pytest.fixture
 def on_gpu(bundle: Path) -> Iterator[tuple[Bundle, TensorRTLoader]]:
-    """The tiny bundle with a plan of every graph that a video of 3s needs, TTT layers as standard operators."""
-    from ttt_video_engine.engines.tensorrt.builder import BuildRequest, build_plan
+    """The tiny bundle with an engine of every graph that a video of 3s needs, TTT layers as standard operators."""
+    from ttt_video_engine.engines.tensorrt.builder import BuildRequest, build_engine
     from ttt_video_engine.engines.tensorrt.package import package_for
-    from ttt_video_engine.export.plans import profiles
+    from ttt_video_engine.export.engines import profiles
 
     gpu = cuda.device().gpu
     try:
         load_package(package_for(gpu))
-    except EngineError as error:
+    except BackendError as error:
         pytest.skip(str(error))
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -416,7 +418,7 @@ def on_gpu(bundle: Path) -> Iterator[tuple[Bundle, TensorRTLoader]]:
             weights=manifest.files[graph.weights].size,
             key=key,
         )
-        build_plan(request, bundle / FOLDER, lambda phase, done, total: None)
+        build_engine(request, bundle / FOLDER, lambda phase, done, total: None)
     loader = TensorRTLoader(opened)
     loader.check(["text_encoder", GRAPH, "vae_decoder-first", "vae_decoder-next"])
     yield opened, loader
@@ -454,7 +456,7 @@ def test_a_graph_gives_what_onnx_runtime_gives(on_gpu: tuple[Bundle, TensorRTLoa
             assert set(found) == set(wanted)
             for name in wanted:
                 close(found[name], wanted[name])
-    with pytest.raises(EngineError, match="has been freed"):
+    with pytest.raises(BackendError, match="has been freed"):
         engine.run(inputs)
 
 

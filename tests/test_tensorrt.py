@@ -1,4 +1,4 @@
-"""Plans built for GPUs that are not here: nothing is mocked, TensorRT-RTX compiles every one of them."""
+"""Engines built for GPUs that are not here: nothing is mocked, TensorRT-RTX compiles every one of them."""
 
 import json
 from collections.abc import Callable
@@ -10,31 +10,33 @@ import pytest
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.kernels.cubin import read_cubin
-from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Progress, Scans, build_plan
-from ttt_video_engine.engines.tensorrt.plan import (
+from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
+from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
     KERNELS,
     BuildSettings,
-    Plan,
-    PlanEntry,
+    EngineEntry,
+    EngineFile,
     ShapeRange,
     entry_path,
-    find_plan,
-    list_plans,
+    find_engine,
+    list_engines,
 )
 from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import build as exporting
-from ttt_video_engine.export import graph as onnx_graph
-from ttt_video_engine.export import plans
+from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
-from ttt_video_engine.export.components import Graph, graphs_of, text_encoder_graph, transformer_graph
-from ttt_video_engine.export.graph import TORCH_DTYPES
-from ttt_video_engine.export.plans import build_plans, profiles
-from ttt_video_engine.export.source import SeededSource
-from ttt_video_engine.export.weights import write_module
+from ttt_video_engine.export.engines import build_engines, profiles
+from ttt_video_engine.export.graphs import graph as onnx_graph
+from ttt_video_engine.export.graphs.components import Graph, component_graphs, text_encoder_graph, transformer_graph
+from ttt_video_engine.export.graphs.graph import TORCH_DTYPES
+from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.callbacks import Progress
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import tiny
 
 Run = Callable[..., tuple[int, str, str]]
@@ -73,15 +75,15 @@ def request(
     )
 
 
-def built(request: BuildRequest, folder: Path) -> PlanEntry:
-    """Builds a plan, reads what was written, and checks what holds for every plan."""
+def built(request: BuildRequest, folder: Path) -> EngineEntry:
+    """Builds an engine, reads what was written, and checks what holds for every engine."""
     phases: list[tuple[str, int, int]] = []
-    plan = build_plan(request, folder / FOLDER, lambda *phase: phases.append(phase))
-    plan.verify()
-    assert plan == find_plan(folder, request.graph, request.gpu)
-    entry = plan.entry
+    engine = build_engine(request, folder / FOLDER, lambda *phase: phases.append(phase))
+    engine.verify()
+    assert engine == find_engine(folder, request.graph, request.gpu)
+    entry = engine.entry
     assert (entry.inputs, entry.outputs, entry.dtype) == (request.inputs, request.outputs, request.dtype)
-    assert plan.path.stat().st_size == entry.size > 10_000
+    assert engine.path.stat().st_size == entry.size > 10_000
     free = {spec.name for spec in request.inputs if any(isinstance(axis, str) for axis in spec.shape)}
     assert {name for profile in entry.profiles for name in profile} == free
     assert phases and all(0 <= done <= total for _, done, total in phases)
@@ -114,7 +116,7 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
 def test_the_components_around_it(tmp_path: Path, dtype: DType) -> None:
     model, source = tiny("linear"), SeededSource(tiny("linear"), seed=0)
     for component in (source.text_encoder(), source.vae_decoder()):
-        graphs = graphs_of(component.load().to(TORCH_DTYPES[dtype]), model, ["3s"])
+        graphs = component_graphs(component.load().to(TORCH_DTYPES[dtype]), model, ["3s"])
         for graph, gpu in product(graphs, GPUS):
             entry = built(request(tmp_path, graph, dtype, gpu), tmp_path)
             assert entry.plugins == {} and entry.fallback == ""
@@ -134,16 +136,16 @@ def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
     model = tiny("linear")
     encoder = SeededSource(model, seed=0).text_encoder().load().half()
     graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
-    with pytest.raises(EngineError, match="made 0 plugin layers of 4 TTT nodes"):
+    with pytest.raises(BackendError, match="made 0 plugin layers of 4 TTT nodes"):
         built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 16, count=4)), tmp_path)
     whole = request(tmp_path, graph, "float16", "sm_89")
     whole.onnx.write_bytes(whole.onnx.read_bytes()[:1000])
-    with pytest.raises(EngineError, match=r"model\.onnx: tensorrt_rtx cannot parse it"):
+    with pytest.raises(BackendError, match=r"model\.onnx: tensorrt_rtx cannot parse it"):
         built(whole, tmp_path)
-    assert not list(tmp_path.rglob("*.plan*"))
+    assert not list(tmp_path.rglob("*.engine*"))
 
 
-def test_a_bundle_with_plans(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tmp_path / "bundle"
 
     def export(*options: object) -> list[str]:
@@ -154,12 +156,12 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     options = ("--precision", "bf16", "--engine", "tensorrt", "--gpu", "sm_89", "--gpu", "sm_120")
     assert sum(line.endswith(": new") for line in export(*options)) == 8
     manifest = open_bundle(bundle).manifest
-    built_plans = list_plans(bundle)
-    names = {(plan.entry.graph, plan.entry.gpu) for plan in built_plans}
+    built_engines = list_engines(bundle)
+    names = {(engine.entry.graph, engine.entry.gpu) for engine in built_engines}
     assert names == {(graph, gpu) for graph in manifest.graphs for gpu in GPUS}
-    assert {f"{FOLDER}/{plan.path.name}" for plan in built_plans} < set(manifest.files)
+    assert {f"{FOLDER}/{engine.path.name}" for engine in built_engines} < set(manifest.files)
 
-    before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.plan")}
+    before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.engine")}
     assert export("--precision", "bf16") == ["nothing has changed"]
     needs: list[dict[str, int]] = []
     with monkeypatch.context() as patch:
@@ -176,7 +178,7 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     assert (code, err) == (0, "")
     assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: plugins were not asked for" in out
     assert "profile latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and "changed" not in out
-    other = built_plans[0]
+    other = built_engines[0]
     stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})
     entry_path(other.path).write_bytes(msgspec.json.encode(stale))
     code, out, _ = run("inspect", bundle)
@@ -188,18 +190,18 @@ def test_a_bundle_with_plans(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     lines = []
     files = {**manifest.files, "transformer/model-3s.onnx": FileEntry("0" * 64, 1)}
     (tmp_path / "stage").mkdir()
-    assert build_plans(
+    assert build_engines(
         replace(manifest, files=files), tmp_path / "stage", bundle, (), BuildSettings(), lines.append, lambda *_: None
     )
     assert lines == [
         f"transformer-3s for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}"
         for gpu in ("sm_120", "sm_89")
     ]
-    assert len(list_plans(tmp_path / "stage")) == 6
+    assert len(list_engines(tmp_path / "stage")) == 6
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_plans_of_a_stopped_export_are_not_built_again(
+def test_engines_of_a_stopped_export_are_not_built_again(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     whole = open_bundle(bundle).manifest
@@ -209,26 +211,26 @@ def test_plans_of_a_stopped_export_are_not_built_again(
 
     def build() -> list[str]:
         lines: list[str] = []
-        assert build_plans(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        assert build_engines(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
         return [line for line in lines if "bytes in" not in line]
 
-    def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
-        if list(folder.glob("*.plan")):
+    def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
+        if list(folder.glob("*.engine")):
             raise KeyboardInterrupt
-        return build_plan(request, folder, progress)
+        return build_engine(request, folder, progress)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(plans, "build_plan", one_then_stop)
+        patch.setattr(exported_engines, "build_engine", one_then_stop)
         build()
-    (plan,) = folder.glob("*.plan")
-    (folder / ".half.1.partial.plan").write_bytes(b"what a kill leaves")
+    (engine,) = folder.glob("*.engine")
+    (folder / ".half.1.partial.engine").write_bytes(b"what a kill leaves")
     if damaged:
-        plan.write_bytes(plan.read_bytes()[:-1])
-    time = plan.stat().st_mtime_ns
+        engine.write_bytes(engine.read_bytes()[:-1])
+    time = engine.stat().st_mtime_ns
     first = "new" if damaged else "was built before the export was stopped"
     assert build() == [f"{names[0]} for sm_89: {first}", *(f"{name} for sm_89: new" for name in names[1:])]
-    assert (plan.stat().st_mtime_ns == time) == (not damaged)
-    assert len(list_plans(bundle)) == 3 and len(list(folder.iterdir())) == 6
+    assert (engine.stat().st_mtime_ns == time) == (not damaged)
+    assert len(list_engines(bundle)) == 3 and len(list(folder.iterdir())) == 6
 
 
 def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +238,11 @@ def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypa
         raise KeyboardInterrupt
 
     lines: list[str] = []
-    monkeypatch.setattr(plans, "build_plan", stop)
-    monkeypatch.setattr(plans, "available_ram", lambda: 500 << 20)
+    monkeypatch.setattr(exported_engines, "build_engine", stop)
+    monkeypatch.setattr(exported_engines, "available_ram", lambda: 500 << 20)
     manifest = open_bundle(shared_bundle).manifest
     with pytest.raises(KeyboardInterrupt):
-        build_plans(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        build_engines(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
     assert lines == [
         "text_encoder for sm_89: new",
         "warning: text_encoder: TensorRT takes 513.5 MiB of RAM, 500.0 MiB are free here; "
@@ -281,8 +283,8 @@ def test_a_plugin_names_the_input_that_does_not_fit(position: int, shape: tuple[
     check_shapes("linear", "layers.0", shapes)
     check_shapes("linear", "layers.0", [(-1, *shape[1:]) if len(shape) > 3 else shape for shape in shapes])
     shapes[position] = shape
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(BackendError) as error:
         check_shapes("linear", "layers.0", shapes)
     assert str(error.value) == f"ai.ttt::TTTLinear layers.0: {expected}"
-    with pytest.raises(EngineError, match="has 9 inputs; must have XQ, XK"):
+    with pytest.raises(BackendError, match="has 9 inputs; must have XQ, XK"):
         check_shapes("linear", "layers.0", [*shapes, (1,)])

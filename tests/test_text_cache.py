@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLoader
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime import text_cache
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
-from ttt_video_engine.runtime.pipeline import encode_prompts, plan_jobs
+from ttt_video_engine.runtime.pipeline import encode_prompts, prepare_jobs
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
@@ -76,14 +76,14 @@ def test_the_encoder_is_loaded_only_for_what_is_new(shared_bundle: Path, tmp_pat
     loads: list[str] = []
     real = OnnxRuntimeLoader(bundle)
 
-    def load(graph: str) -> OnnxRuntimeEngine:
+    def load(graph: str) -> OnnxRuntimeRunner:
         loads.append(graph)
         return real(graph)
 
     def encode(texts: list[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         board = tmp_path / "board.json"
         board.write_text(json.dumps([{"text": text} for text in texts]))
-        jobs = plan_jobs(bundle, load_storyboards(board), Settings(), tmp_path / "out", overwrite=False)
+        jobs = prepare_jobs(bundle, load_storyboards(board), Settings(), tmp_path / "out", overwrite=False)
         cache = TextCache(tmp_path / "text", bundle.component_digest(TEXT_ENCODER))
         ((text, _),) = encode_prompts(load, jobs, cache, lambda *_: None)
         return text

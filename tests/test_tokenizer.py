@@ -10,7 +10,7 @@ import pytest
 import sentencepiece as spm
 from tokenizers import Tokenizer
 
-from ttt_video_engine.export.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
+from ttt_video_engine.export.sources.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
 from ttt_video_engine.runtime.errors import BundleError, CheckpointError, ConfigError
 from ttt_video_engine.runtime.presets import tiny
 from ttt_video_engine.runtime.storyboard import Scene, Storyboard, load_storyboards
@@ -58,7 +58,7 @@ def test_trained_tokenizer_has_t5s_shape(trained: Tokenizer) -> None:
 def test_training_again_gives_the_same_bytes(trained: Tokenizer) -> None:
     # In another process: hash seeds and thread schedules differ.
     code = (
-        "import sys; from ttt_video_engine.export.tokenizer import *;"
+        "import sys; from ttt_video_engine.export.sources.tokenizer import *;"
         f"sys.stdout.buffer.write(train_tokenizer(tiny_prose(), {VOCAB_SIZE}).to_str().encode())"
     )
     again = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES.parent, capture_output=True, check=True)

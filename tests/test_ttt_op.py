@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ttt_video_engine.export.graph import OPSET
-from ttt_video_engine.export.ttt_op import DOMAIN, OP_TYPES, add_function_body, function_body
+from ttt_video_engine.export.graphs.graph import OPSET
+from ttt_video_engine.export.graphs.ttt_op import add_function_body, function_body
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.presets import tiny
+from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
 
 KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
 SCANS = {"linear": ttt_linear, "mlp": ttt_mlp}

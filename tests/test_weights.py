@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttt_video_engine.export import journal, weights
-from ttt_video_engine.export.weights import lay_out, write_weights
-from ttt_video_engine.reference.stored import StoredState, StoredTensor, held
+from ttt_video_engine.export.graphs import journal, weights
+from ttt_video_engine.export.graphs.weights import lay_out, write_weights
+from ttt_video_engine.planning.shapes import ALIGNMENT
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor, lazy_state
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.shapes import ALIGNMENT
 
 TENSORS = {f"layer.{i}": torch.randn(40, 60 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)}
 KEY = {"origin": "a checkpoint"}
@@ -22,22 +22,22 @@ class Killed(BaseException):
     """What ends a run at a place of our choice."""
 
 
-def stopping_at(name: str | None, reads: list[str]) -> StoredState:
+def stopping_at(name: str | None, reads: list[str]) -> LazyStateDict:
     """The tensors; reading one is noted, and that of `name` ends the run."""
 
-    def reader(of: str) -> StoredTensor:
+    def reader(of: str) -> LazyTensor:
         def read() -> Tensor:
             if of == name:
                 raise Killed
             reads.append(of)
             return TENSORS[of]
 
-        return StoredTensor(tuple(TENSORS[of].shape), torch.float32, read)
+        return LazyTensor(tuple(TENSORS[of].shape), torch.float32, read)
 
     return {of: reader(of) for of in TENSORS}
 
 
-def write(state: StoredState, path: Path, key: dict[str, str] = KEY, dtype: torch.dtype = torch.float32) -> str:
+def write(state: LazyStateDict, path: Path, key: dict[str, str] = KEY, dtype: torch.dtype = torch.float32) -> str:
     file = lay_out(state, path, dtype)
     entry = write_weights(state, file, dtype, key)
     assert entry.sha256 == sha256_of(path) and entry.size == file.size == path.stat().st_size
@@ -47,7 +47,7 @@ def write(state: StoredState, path: Path, key: dict[str, str] = KEY, dtype: torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> None:
-    state = held(TENSORS)
+    state = lazy_state(TENSORS)
     write(state, tmp_path / "weights", dtype=dtype)
     content = (tmp_path / "weights").read_bytes()
     for name, (offset, length) in lay_out(state, tmp_path / "weights", dtype).places.items():
@@ -57,7 +57,7 @@ def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> Non
 
 
 def test_names_of_one_tensor_share_a_place(tmp_path: Path) -> None:
-    state = held({"shared": TENSORS["layer.0"], "other": TENSORS["layer.1"], "embed_tokens": TENSORS["layer.0"]})
+    state = lazy_state({"shared": TENSORS["layer.0"], "other": TENSORS["layer.1"], "embed_tokens": TENSORS["layer.0"]})
     places = lay_out(state, tmp_path / "weights", torch.float32).places
     assert places["shared"] == places["embed_tokens"] != places["other"]
 
@@ -65,7 +65,7 @@ def test_names_of_one_tensor_share_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", ["layer.1", "layer.4", "layer.7"])
 def test_a_stopped_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     monkeypatch.setattr(weights, "NOTE_EVERY", 1)
-    whole = write(held(TENSORS), tmp_path / "whole")
+    whole = write(lazy_state(TENSORS), tmp_path / "whole")
     before: list[str] = []
     with pytest.raises(Killed):
         write(stopping_at(stop, before), tmp_path / "weights")
@@ -94,7 +94,7 @@ def test_what_cannot_be_vouched_for_is_written_anew(
         journal.journal_of(path).write_bytes(b"{")
     reads: list[str] = []
     key = {"origin": "another"} if damage == "other key" else KEY
-    assert write(stopping_at(None, reads), path, key) == write(held(TENSORS), tmp_path / "whole")
+    assert write(stopping_at(None, reads), path, key) == write(lazy_state(TENSORS), tmp_path / "whole")
     assert reads == list(TENSORS)
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_vouched_for_is_written_anew(
 def test_values_that_would_be_lost_are_refused(tmp_path: Path, value: float, dtype: torch.dtype, message: str) -> None:
     damaged = TENSORS["layer.3"].clone()
     damaged[7, 7] = value
-    state = held({**TENSORS, "layer.3": damaged})
+    state = lazy_state({**TENSORS, "layer.3": damaged})
     with pytest.raises(CheckpointError, match=message):
         write(state, tmp_path / "weights", dtype=dtype)
 
@@ -124,4 +124,4 @@ def test_a_disk_that_gives_back_something_else_is_found_out(tmp_path: Path, monk
 
     monkeypatch.setattr(weights, "Journal", Torn)
     with pytest.raises(OutputError, match="does not hold what was written to it; check the disk"):
-        write(held(TENSORS), tmp_path / "weights")
+        write(lazy_state(TENSORS), tmp_path / "weights")

@@ -16,8 +16,9 @@ from triton.compiler import ASTSource
 from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name
 from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
 from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "sm_121": 99}
@@ -40,7 +41,7 @@ _SCRATCH = ("global_scratch", "profile_scratch")
 """Pointers that Triton appends to every kernel's parameters; these kernels take null for them."""
 
 
-class NoKernel(EngineError):
+class NoKernel(BackendError):
     """There is no kernel of this size for this chip; the operator's function body runs everywhere."""
 
 
@@ -114,7 +115,7 @@ def source_digest(op: TTTKind) -> str:
     """sha256 over the sources that a kernel is made of."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("inner.py", f"ttt_{op}.py"):
+    for name in ("tiles.py", f"ttt_{op}.py"):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
 
@@ -151,5 +152,5 @@ def _resources(code: bytes) -> tuple[int, int]:
         said = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
-        raise EngineError(f"cuobjdump says nothing of registers: {said[:100]!r}")
+        raise BackendError(f"cuobjdump says nothing of registers: {said[:100]!r}")
     return int(found[1]), int(found[2])

@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
 
 class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,19 +41,19 @@ def cubin_name(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_d
 
 
 def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
-    """A kernel and its code. Raises EngineError where a file is missing, damaged or another kernel's."""
+    """A kernel and its code. Raises BackendError where a file is missing, damaged or another kernel's."""
     gpu = name.rpartition("-")[2]
-    cure = f"run: ttt-video export --engine tensorrt --gpu {gpu}"
+    cure = export_for_gpu(gpu)
     description, code = folder / f"{name}.json", folder / f"{name}.cubin"
     for path in (description, code):
         if not path.is_file():
-            raise EngineError(f"{path}: is missing; {cure}")
+            raise BackendError(f"{path}: is missing; {cure}")
     try:
         cubin = msgspec.json.decode(description.read_bytes(), type=Cubin)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise EngineError(f"{description}: {error}; {cure}") from error
+        raise BackendError(f"{description}: {error}; {cure}") from error
     content = code.read_bytes()
     same_kernel = name == cubin_name(cubin.op, cubin.gpu, cubin.dtype, cubin.mini_batch_size, cubin.head_dim)
     if not same_kernel or hashlib.sha256(content).hexdigest() != cubin.sha256:
-        raise EngineError(f"{code}: is not the kernel that was compiled; {cure}")
+        raise BackendError(f"{code}: is not the kernel that was compiled; {cure}")
     return cubin, content

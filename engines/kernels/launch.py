@@ -8,7 +8,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from ttt_video_engine.engines.kernels.cubin import Cubin
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.errors import BackendError
 
 ALIGNMENT = 16
 """Bytes: what the kernels' widest loads ask of every tensor."""
@@ -33,15 +33,15 @@ class LoadedKernel:
         """Queues `blocks` blocks on `stream`, with device addresses and then int32 as the kernel's parameters.
 
         For a TTT scan: one block per batch and head; the operator's inputs and its output; heads and mini-batches.
-        Raises EngineError naming the parameter that is missing or not aligned, or the driver's error.
+        Raises BackendError naming the parameter that is missing or not aligned, or the driver's error.
         """
         scratch = (0, 0)  # Triton's own, which these kernels do not use
         names = self.cubin.parameters
         if len(pointers) + len(integers) + len(scratch) != len(names):
-            raise EngineError(f"{self.cubin.file}: {len(pointers)} tensors; must be {', '.join(names)}")
+            raise BackendError(f"{self.cubin.file}: {len(pointers)} tensors; must be {', '.join(names)}")
         for name, pointer in zip(names, pointers, strict=False):
             if pointer % ALIGNMENT:
-                raise EngineError(f"{self.cubin.file}: {name} is not aligned to {ALIGNMENT} bytes")
+                raise BackendError(f"{self.cubin.file}: {name} is not aligned to {ALIGNMENT} bytes")
         values: list[NDArray[np.generic]] = [
             *(np.array([pointer], np.uint64) for pointer in pointers),
             *(np.array([integer], np.int32) for integer in integers),
@@ -61,11 +61,11 @@ class LoadedKernel:
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """A function of the driver: its result, or an EngineError with the name of the error."""
+    """A function of the driver: its result, or an BackendError with the name of the error."""
     try:
         error, *results = getattr(driver, name)(*arguments)
     except RuntimeError as missing:  # the bindings look for the driver when it is first called
-        raise EngineError(f"no NVIDIA driver was found ({missing}); run on a machine with an NVIDIA GPU") from missing
+        raise BackendError(f"no NVIDIA driver was found ({missing}); run on a machine with an NVIDIA GPU") from missing
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"{name} failed: {error.name}")
+        raise BackendError(f"{name} failed: {error.name}")
     return results[0] if results else None

@@ -2,13 +2,13 @@
 
 The inner weights stay on the chip in float32 from the first mini-batch to the last. Tensors are contiguous and as
 `ai.ttt::TTTLinear` has them: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias [H, F],
-W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `inner.py`.
+W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `tiles.py`.
 """
 
 import triton
 import triton.language as tl
 
-from ttt_video_engine.engines.kernels.inner import load_transposed, loss_step, normalise, product, store_transposed
+from ttt_video_engine.engines.kernels.tiles import load_transposed, loss_step, normalise, product, store_transposed
 
 
 @triton.jit

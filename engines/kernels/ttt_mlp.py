@@ -6,14 +6,14 @@ instead of being kept, so that what else there is stays small.
 
 Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F a half of the hidden layer. Tensors are contiguous
 and as `ai.ttt::TTTMLP` has them: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
-[H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `inner.py`; W2 is not, as
+[H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `tiles.py`; W2 is not, as
 its rows are the hidden layer, which is what products are split over warps by.
 """
 
 import triton
 import triton.language as tl
 
-from ttt_video_engine.engines.kernels.inner import (
+from ttt_video_engine.engines.kernels.tiles import (
     load_transposed,
     loss_step,
     normalise,

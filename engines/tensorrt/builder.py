@@ -1,9 +1,9 @@
-"""From an ONNX graph to a plan, for a GPU that need not be here.
+"""From an ONNX graph to an engine, for a GPU that need not be here.
 
 TensorRT-RTX compiles for any RTX architecture on any machine; `tensorrt` only for the GPU of the machine it runs on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,22 +12,21 @@ from typing import Any
 
 import msgspec
 
-from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package, package_for
-from ttt_video_engine.engines.tensorrt.plan import (
+from ttt_video_engine.engines.tensorrt.engine import (
     BuildSettings,
-    Plan,
-    PlanEntry,
+    EngineEntry,
+    EngineFile,
     Profile,
+    engine_name,
     entry_path,
-    plan_name,
 )
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.engine import TensorDType, TensorSpec
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package, package_for
+from ttt_video_engine.runtime.callbacks import Progress
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write, sha256_of
-
-Progress = Callable[[str, int, int], None]
-"""(phase, done, total), called at the start of a phase of the build and after every step of it."""
+from ttt_video_engine.runtime.runner import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Scans:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One plan to build.
+    """One engine to build.
 
     `profiles` give shapes to inputs with free axes; `inputs` and `outputs` are what the graph must have; `key` is kept
-    beside the plan; cubins go into `kernels`.
+    beside the engine; cubins go into `kernels`.
     """
 
     graph: str
@@ -62,10 +61,10 @@ class BuildRequest:
     key: dict[str, str] = field(default_factory=dict)
 
 
-def build_plan(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
-    """Builds a plan into `folder`, with its JSON, and the cubins that its plugins launch.
+def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
+    """Builds an engine into `folder`, with its JSON, and the cubins that its plugins launch.
 
-    Where a kernel does not fit the GPU, its nodes run as their function body, and the JSON says why. Raises EngineError
+    Where a kernel does not fit the GPU, its nodes run as their function body, and the JSON says why. Raises BackendError
     where TensorRT fails, or makes anything of the TTT nodes but what was asked for.
     """
     package = load_package(package_for(request.gpu))
@@ -77,12 +76,12 @@ def build_plan(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
         _check_signature(package, network, request)
         plugins = _plugins(package, network, request, cubin)
         config = _config(package, builder, request, progress)
-        path = folder / plan_name(request.graph, request.dtype, package.name, package.version, request.gpu)
+        path = folder / engine_name(request.graph, request.dtype, package.name, package.version, request.gpu)
         entry_path(path).unlink(missing_ok=True)
         with atomic_write(path) as partial:
             _serialise(package, builder, network, config, partial, request)
         del parser, network, builder
-    entry = PlanEntry(
+    entry = EngineEntry(
         graph=request.graph,
         gpu=request.gpu,
         dtype=request.dtype,
@@ -102,7 +101,7 @@ def build_plan(request: BuildRequest, folder: Path, progress: Progress) -> Plan:
     )
     with atomic_write(entry_path(path)) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
-    return Plan(path, entry)
+    return EngineFile(path, entry)
 
 
 def _kernel(request: BuildRequest) -> tuple[str | None, str]:
@@ -139,11 +138,12 @@ def _parsed(package: TensorRT, builder: Any, onnx: Path) -> tuple[Any, Any]:
     parser = package.api.OnnxParser(network, package.logger)
     if not parser.parse_from_file(str(onnx)):
         cause = parser.get_error(0).desc() if parser.num_errors else package.take_errors()
-        raise EngineError(f"{onnx}: {package.name} cannot parse it ({' '.join(cause.split())[:300]})")
+        raise BackendError(f"{onnx}: {package.name} cannot parse it ({' '.join(cause.split())[:300]})")
     return network, parser
 
 
 def _check_signature(package: TensorRT, network: Any, request: BuildRequest) -> None:
+    dtypes = package.dtypes
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     for specs, tensors in ((request.inputs, inputs), (request.outputs, outputs)):
@@ -151,16 +151,11 @@ def _check_signature(package: TensorRT, network: Any, request: BuildRequest) -> 
         for spec in specs:
             tensor = found.pop(spec.name, None)
             shape = tuple(-1 if isinstance(axis, str) else axis for axis in spec.shape)
-            if tensor is None or tuple(tensor.shape) != shape or _dtypes(package)[tensor.dtype] != spec.dtype:
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtypes[spec.dtype]:
                 has = "nothing of that name" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-                raise EngineError(f"{request.onnx}: the bundle promises {spec}, TensorRT reads {has}")
+                raise BackendError(f"{request.onnx}: the bundle promises {spec}, TensorRT reads {has}")
         if found:
-            raise EngineError(f"{request.onnx}: TensorRT reads {', '.join(found)}, not in the bundle")
-
-
-def _dtypes(package: TensorRT) -> dict[Any, TensorDType]:
-    kinds = package.api.DataType
-    return {kinds.FLOAT: "float32", kinds.HALF: "float16", kinds.BF16: "bfloat16", kinds.INT64: "int64"}
+            raise BackendError(f"{request.onnx}: TensorRT reads {', '.join(found)}, not in the bundle")
 
 
 def _plugins(package: TensorRT, network: Any, request: BuildRequest, cubin: str | None) -> dict[str, str]:
@@ -172,7 +167,7 @@ def _plugins(package: TensorRT, network: Any, request: BuildRequest, cubin: str 
     names = [layer.name for layer in layers if layer.type == package.api.LayerType.PLUGIN_V3]
     expected = 0 if request.scans is None or cubin is None else request.scans.count
     if len(names) != expected or len(set(names)) != expected:
-        raise EngineError(f"{request.onnx}: {package.name} made {len(names)} plugin layers of {expected} TTT nodes")
+        raise BackendError(f"{request.onnx}: {package.name} made {len(names)} plugin layers of {expected} TTT nodes")
     return {} if cubin is None else dict.fromkeys(names, cubin)
 
 
@@ -203,7 +198,7 @@ def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, targe
     if failures:
         raise failures[0]
     if not done:
-        raise EngineError(
+        raise BackendError(
             f"{request.graph}: {package.name} cannot build it for {request.gpu} ({package.take_errors()})"
         )
 

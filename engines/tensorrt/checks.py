@@ -1,41 +1,43 @@
-"""Whether a plan may be run: decided from its JSON, the bundle, the installed package and numbers, without a GPU."""
+"""Whether an engine may be run: decided from its JSON, the bundle, the installed package and numbers, without a GPU."""
 
 from collections.abc import Mapping
 
+from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Profile, Shape, find_engine, list_engines
 from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
-from ttt_video_engine.engines.tensorrt.plan import KERNELS, Plan, Profile, Shape, find_plan, list_plans
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.errors import ConfigError, EngineError
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, ConfigError, export_for_gpu
 
 
-def usable_plan(bundle: Bundle, graph: str, gpu: str) -> tuple[Plan, TensorRT]:
-    """The plan of a graph for a GPU such as "sm_89", its file verified, and the package that runs it.
+def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, TensorRT]:
+    """The engine of a graph for a GPU such as "sm_89", its file verified, and the package that runs it.
 
-    Where a bundle has several (after an update of the package, say), the first that passes. Raises EngineError that
+    Where a bundle has several (after an update of the package, say), the first that passes. Raises BackendError that
     says why none does: not built, package missing or of another version, of an earlier export, damaged.
     """
-    first = find_plan(bundle.root, graph, gpu)
-    fault: EngineError | None = None
-    for plan in [plan for plan in list_plans(bundle.root) if (plan.entry.graph, plan.entry.gpu) == (graph, gpu)]:
+    first = find_engine(bundle.root, graph, gpu)
+    fault: BackendError | None = None
+    for engine in [
+        engine for engine in list_engines(bundle.root) if (engine.entry.graph, engine.entry.gpu) == (graph, gpu)
+    ]:
         try:
-            package = load_package(plan.entry.package)
-            check_plan(plan, bundle, package.version)
-            plan.verify()
-            return plan, package
-        except EngineError as error:
+            package = load_package(engine.entry.package)
+            check_engine(engine, bundle, package.version)
+            engine.verify()
+            return engine, package
+        except BackendError as error:
             fault = fault or error
-    raise fault or EngineError(f"{first.path}: has gone; {export_again(gpu)}")
+    raise fault or BackendError(f"{first.path}: has gone; {export_for_gpu(gpu)}")
 
 
-def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
-    """Raises EngineError unless a plan fits the `version` of its package and the bundle, and its kernels are there."""
-    entry, manifest = plan.entry, bundle.manifest
+def check_engine(engine: EngineFile, bundle: Bundle, version: str) -> None:
+    """Raises BackendError unless an engine fits the `version` of its package and the bundle, and its kernels are there."""
+    entry, manifest = engine.entry, bundle.manifest
     graph = bundle.graph(entry.graph)
-    again = export_again(entry.gpu)
+    again = export_for_gpu(entry.gpu)
     if entry.package_version != version:
         wheel = entry.package.replace("_", "-")
-        raise EngineError(
-            f"{plan.path}: was built with {entry.package} {entry.package_version}, installed is {version}; {again} "
+        raise BackendError(
+            f"{engine.path}: was built with {entry.package} {entry.package_version}, installed is {version}; {again} "
             f"(or pip install {wheel}=={entry.package_version})"
         )
     here = {
@@ -46,28 +48,23 @@ def check_plan(plan: Plan, bundle: Bundle, version: str) -> None:
     there = {"precision": entry.dtype, **entry.key}
     for part, value in here.items():
         if there.get(part) != value:
-            raise EngineError(f"{plan.path}: is of another export ({part} differs); {again}")
+            raise BackendError(f"{engine.path}: is of another export ({part} differs); {again}")
     for cubin in sorted(set(entry.plugins.values())):
         if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
-            raise EngineError(f"{plan.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
+            raise BackendError(f"{engine.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
     for side, promised, found in (
         ("takes", graph.inputs, entry.inputs),
         ("gives", graph.outputs, entry.outputs),
     ):
         if set(promised) != set(found):
             wanted, has = (", ".join(map(str, sorted(specs, key=str))) for specs in (promised, found))
-            raise EngineError(f"{plan.path}: {side} {has}; the bundle promises {wanted}; {again}")
-
-
-def export_again(gpu: str) -> str:
-    """The command that builds plans for a GPU."""
-    return f"run: ttt-video export --engine tensorrt --gpu {gpu}"
+            raise BackendError(f"{engine.path}: {side} {has}; the bundle promises {wanted}; {again}")
 
 
 def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int:
     """Number of the first profile tuned for `shapes`, or else of the first that takes them.
 
-    Raises EngineError naming the first input that fits none, its shape, and what the profiles take.
+    Raises BackendError naming the first input that fits none, its shape, and what the profiles take.
     """
     if not profiles:
         return 0
@@ -79,9 +76,9 @@ def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[st
         return fitting[0]
     name = _misfits(profiles[0], shapes)[0]
     allowed = " or ".join(f"{list(profile[name].min)} … {list(profile[name].max)}" for profile in profiles)
-    raise EngineError(
+    raise BackendError(
         f"{graph}: input {name} is {list(shapes[name])}; the engine was built for {allowed}; "
-        "export the bundle again for what is to be rendered"
+        f"{EXPORT_AGAIN} for what is to be rendered"
     )
 
 
@@ -90,7 +87,7 @@ def weight_budget(
 ) -> int | None:
     """How many bytes of the streamable weights stay on the GPU; None where all do. All sizes are in bytes.
 
-    `streamable` is 0 for an engine that was built without weight streaming. Raises EngineError where what cannot be
+    `streamable` is 0 for an engine that was built without weight streaming. Raises BackendError where what cannot be
     streamed does not fit.
     """
     needed = weights + activations
@@ -103,7 +100,7 @@ def weight_budget(
     if streamable and budget >= 0:
         return min(budget, streamable)
     streamed = " even with weights streamed" if streamable else ""
-    raise EngineError(
+    raise BackendError(
         f"{graph}: needs {needed - streamable:,} bytes of GPU memory{streamed} ({weights - streamable:,} for weights, "
         f"{activations:,} for activations), {available:,} are available; {', or '.join(cures) or 'take a larger GPU'}"
     )

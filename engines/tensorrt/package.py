@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ttt_video_engine.engines.tensorrt.plan import PackageName
-from ttt_video_engine.runtime.errors import ConfigError, EngineError
+from ttt_video_engine.engines.tensorrt.engine import PackageName
+from ttt_video_engine.runtime.dtypes import TensorDType
+from ttt_video_engine.runtime.errors import BackendError, ConfigError
 
 RTX_GPUS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX builds for, with or without a GPU. It knows sm_75 too, but has no float32 matrix products for it,
@@ -32,6 +33,12 @@ class TensorRT:
     version: str
     logger: Any
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def dtypes(self) -> dict[TensorDType, Any]:
+        """TensorRT's name of each dtype."""
+        kinds = self.api.DataType
+        return {"float32": kinds.FLOAT, "float16": kinds.HALF, "bfloat16": kinds.BF16, "int64": kinds.INT64}
 
     def take_errors(self) -> str:
         """The first error since the last call, as one line, for the message of an exception."""
@@ -49,16 +56,16 @@ def package_for(gpu: str) -> PackageName:
 
 @cache
 def load_package(name: PackageName) -> TensorRT:
-    """Imports a package. Raises EngineError where it is not installed or does not load."""
+    """Imports a package. Raises BackendError where it is not installed or does not load."""
     if importlib.util.find_spec(name) is None:
         wheel, extra = name.replace("_", "-"), " (or 'ttt-video-engine[tensorrt]')" if name == "tensorrt_rtx" else ""
-        raise EngineError(f"{name} is not installed; run: pip install {wheel}{extra}")
+        raise BackendError(f"{name} is not installed; run: pip install {wheel}{extra}")
     try:
         if name == "tensorrt_rtx":
             _give_library_its_plain_name()
         api = importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise EngineError(f"{name} does not load ({error}); install it again") from error
+        raise BackendError(f"{name} does not load ({error}); install it again") from error
     errors: list[str] = []
     return TensorRT(name, api, api.__version__, _logger(api, errors), errors)
 

@@ -12,16 +12,14 @@ from typing import Any
 from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
 from ttt_video_engine.engines.tensorrt.package import TensorRT
-from ttt_video_engine.runtime.config import DType, TTTKind
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime import ttt_op
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
+from ttt_video_engine.runtime.errors import BackendError
 
-NAMESPACE, VERSION = "ai.ttt", "1"
-OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
-INPUTS: dict[TTTKind, tuple[str, ...]] = {
-    "linear": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1"),
-    "mlp": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1", "W2", "b2"),
-}
+NAMESPACE, VERSION = ttt_op.DOMAIN, str(ttt_op.VERSION)
 _ETA = 3
+"""Place of eta among the inputs."""
 
 
 @contextmanager
@@ -32,10 +30,10 @@ def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[N
     """
     registry = package.api.get_plugin_registry()
     loaded = _Kernels(kernels, gpu)
-    creators = [_creator(package.api, op, loaded) for op in OP_TYPES]
+    creators = [_creator(package, op, loaded) for op in ttt_op.OP_TYPES]
     for creator in creators:
         if not registry.register_creator(creator, NAMESPACE):
-            raise EngineError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
+            raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
     try:
         yield
     finally:
@@ -45,16 +43,16 @@ def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[N
 
 
 def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises EngineError naming the operator, the layer and the first input that is not as `ai.ttt` has it.
+    """Raises BackendError naming the operator, the layer and the first input that is not as `ai.ttt` has it.
 
     Sizes that are not known yet are negative and fit anything.
     """
-    where = f"{NAMESPACE}::{OP_TYPES[op]} {layer}"
-    names = INPUTS[op]
+    where = f"{NAMESPACE}::{ttt_op.OP_TYPES[op]} {layer}"
+    names = ttt_op.INPUTS[op]
     if len(shapes) != len(names):
-        raise EngineError(f"{where}: has {len(shapes)} inputs; must have {', '.join(names)}")
+        raise BackendError(f"{where}: has {len(shapes)} inputs; must have {', '.join(names)}")
     if len(shapes[0]) != 5:
-        raise EngineError(f"{where}: XQ is {list(shapes[0])}; must be [B, H, NC, CS, F]")
+        raise BackendError(f"{where}: XQ is {list(shapes[0])}; must be [B, H, NC, CS, F]")
     _, heads, _, _, head_dim = shapes[0]
     clip, hidden = shapes[0], 4 * head_dim
     weights = {
@@ -66,7 +64,7 @@ def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> No
     for name, shape, wanted in zip(names, shapes, expected, strict=True):
         fits = len(shape) == len(wanted) and all(a == b or min(a, b) < 0 for a, b in zip(shape, wanted, strict=True))
         if not fits:
-            raise EngineError(f"{where}: {name} is {list(shape)}; must be {list(wanted)}")
+            raise BackendError(f"{where}: {name} is {list(shape)}; must be {list(wanted)}")
 
 
 class _Kernels:
@@ -87,32 +85,31 @@ class _Kernels:
         self._loaded.clear()
 
 
-def _creator(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
+def _creator(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
+    api: Any = package.api
+
     class Creator(api.IPluginCreatorV3One):  # type: ignore[misc]  # the bases have no types
         def __init__(self) -> None:
             api.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_version, self.plugin_namespace = OP_TYPES[op], VERSION, NAMESPACE
+            self.name, self.plugin_version, self.plugin_namespace = ttt_op.OP_TYPES[op], VERSION, NAMESPACE
             self.field_names = api.PluginFieldCollection([])
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             return plugin(name)
 
-    plugin = _plugin_class(api, op, kernels)
+    plugin = _plugin_class(package, op, kernels)
     return Creator()
 
 
-def _plugin_class(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
-    dtypes: dict[Any, DType] = {
-        api.DataType.FLOAT: "float32",
-        api.DataType.HALF: "float16",
-        api.DataType.BF16: "bfloat16",
-    }
+def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
+    api: Any = package.api
+    activations: dict[Any, DType] = {package.dtypes[name]: name for name in ITEM_BYTES}
 
     class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):  # type: ignore[misc]
         def __init__(self, layer: str) -> None:
             for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = OP_TYPES[op], VERSION, NAMESPACE
+            self.plugin_name, self.plugin_version, self.plugin_namespace = ttt_op.OP_TYPES[op], VERSION, NAMESPACE
             self.num_outputs = 1
             self.layer = layer
 
@@ -137,7 +134,9 @@ def _plugin_class(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
             tensor = tensors[position].desc
             wanted = api.DataType.FLOAT if position == _ETA else tensors[0].desc.type
             return bool(
-                tensor.format == api.TensorFormat.LINEAR and tensor.type == wanted and tensors[0].desc.type in dtypes
+                tensor.format == api.TensorFormat.LINEAR
+                and tensor.type == wanted
+                and tensors[0].desc.type in activations
             )
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
@@ -162,7 +161,7 @@ def _plugin_class(api: Any, op: TTTKind, kernels: _Kernels) -> Any:
             stream: int,
         ) -> None:
             batch, heads, num_mini_batches, mini_batch_size, head_dim = tuple(inputs_desc[0].dims)
-            name = cubin_name(op, kernels.gpu, dtypes[inputs_desc[0].type], mini_batch_size, head_dim)
+            name = cubin_name(op, kernels.gpu, activations[inputs_desc[0].type], mini_batch_size, head_dim)
             kernel = kernels.get(name)
             kernel.launch(stream, batch * heads, [*inputs, *outputs], (heads, num_mini_batches))
 

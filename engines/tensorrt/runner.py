@@ -1,4 +1,4 @@
-"""Runs plans. Everything on the GPU belongs to an engine and goes with it, but for the arrays that it gave away."""
+"""Runs engines. Everything on the GPU belongs to an engine and goes with it, but for the arrays that it gave away."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -10,22 +10,20 @@ from typing import Any, Self
 import numpy as np
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.tensorrt.checks import choose_profile, export_again, usable_plan, weight_budget
+from ttt_video_engine.engines.tensorrt.checks import choose_profile, usable_engine, weight_budget
 from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialised
+from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Shape
 from ttt_video_engine.engines.tensorrt.package import TensorRT
-from ttt_video_engine.engines.tensorrt.plan import KERNELS, Plan, Shape
-from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.engine import AnyArray, TensorSpec, check_inputs
-from ttt_video_engine.runtime.errors import EngineError
+from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT, Bundle
+from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
+from ttt_video_engine.runtime.runner import AnyArray, TensorSpec, check_inputs
 
-CACHE_PREFIX = "cache_"
-"""Inputs and outputs that stay on the GPU: what the VAE hands from window to window."""
 REPEATED_PREFIX = "transformer-"
 """Graphs that run many times with one set of shapes, so that recording them pays."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryLimit:
     """What an engine may take of the GPU's memory: `limit` in bytes, None for all that is free."""
 
     limit: int | None = None
@@ -40,39 +38,39 @@ class Memory:
 class TensorRTLoader:
     """Loads graphs of a bundle on the GPU of this machine. `gpu_memory` is the most that an engine may take, in bytes.
 
-    With `low_memory` nothing is recorded as a CUDA graph, which takes memory of its own. Raises EngineError where there
+    With `low_memory` nothing is recorded as a CUDA graph, which takes memory of its own. Raises BackendError where there
     is no driver or no GPU.
     """
 
     def __init__(self, bundle: Bundle, *, low_memory: bool = False, gpu_memory: int | None = None) -> None:
         self._device = cuda.device()
         self._bundle = bundle
-        self._memory = Memory(gpu_memory, low_memory)
-        self._plans: dict[str, tuple[Plan, TensorRT]] = {}
+        self._memory = MemoryLimit(gpu_memory, low_memory)
+        self._engines: dict[str, tuple[EngineFile, TensorRT]] = {}
 
     def check(self, graphs: Iterable[str]) -> None:
-        """Raises EngineError unless each of these graphs has a plan that is whole and fits GPU, package and bundle."""
+        """Raises BackendError unless each of these graphs has an engine that is whole and fits GPU, package and bundle."""
         for graph in graphs:
-            self._plan(graph)
+            self._engine_file(graph)
 
-    def __call__(self, graph: str) -> "TensorRTEngine":
-        plan, package = self._plan(graph)
-        return TensorRTEngine(self._bundle, plan, package, self._memory)
+    def __call__(self, graph: str) -> "TensorRTRunner":
+        file, package = self._engine_file(graph)
+        return TensorRTRunner(self._bundle, file, package, self._memory)
 
-    def _plan(self, graph: str) -> tuple[Plan, TensorRT]:
-        if graph not in self._plans:
-            self._plans[graph] = usable_plan(self._bundle, graph, self._device.gpu)
-        return self._plans[graph]
+    def _engine_file(self, graph: str) -> tuple[EngineFile, TensorRT]:
+        if graph not in self._engines:
+            self._engines[graph] = usable_engine(self._bundle, graph, self._device.gpu)
+        return self._engines[graph]
 
 
-class TensorRTEngine:
-    """One plan, loaded. Inputs and outputs have buffers of its own, which grow when shapes do.
+class TensorRTRunner:
+    """One engine, loaded. Inputs and outputs have buffers of its own, which grow when shapes do.
 
     Caches are the exception: it gives each away as a `DeviceArray` and reads them where they are.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, package: TensorRT, memory: Memory) -> None:
-        self._name, self._entry, self._package, self._memory = plan.entry.graph, plan.entry, package, memory
+    def __init__(self, bundle: Bundle, file: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
+        self._name, self._entry, self._package, self._memory = file.entry.graph, file.entry, package, memory
         self._records = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
         self._shapes: dict[str, Shape] | None = None
         self._graph: cuda.Graph | None = None
@@ -83,22 +81,22 @@ class TensorRTEngine:
         self._context: Any = None
         self._weights = 0
         with ExitStack() as stack:
-            if plan.entry.plugins:
+            if file.entry.plugins:
                 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
 
-                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), plan.entry.gpu))
+                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), file.entry.gpu))
             self._stream = cuda.Stream()
             stack.callback(self._stream.close)
             stack.callback(self._free_buffers)
             stack.callback(self._unload)
-            self._load(plan)
+            self._load(file)
             self._open: ExitStack | None = stack.pop_all()
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """As `Engine.run`. bfloat16 travels as uint16; caches come back as `DeviceArray`, and are taken as one or the
-        other. Raises EngineError, too, where memory or CUDA fails."""
+        """As `Runner.run`. bfloat16 travels as uint16; caches come back as `DeviceArray`, and are taken as one or the
+        other. Raises BackendError, too, where memory or CUDA fails."""
         if self._open is None:
-            raise EngineError(f"{self._name}: has been freed; load it again")
+            raise BackendError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self._entry.inputs, inputs)
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
         if shapes != self._shapes:
@@ -123,14 +121,14 @@ class TensorRTEngine:
         if opened is not None:
             opened.close()
 
-    def _load(self, plan: Plan) -> None:
-        entry, memory = plan.entry, self._memory
+    def _load(self, file: EngineFile) -> None:
+        entry, memory = file.entry, self._memory
         available = memory.available()
         if not entry.settings.weight_streaming:
             self._budget(0, 0, available)
         self._runtime = self._package.api.Runtime(self._package.logger)
-        self._engine = deserialised(self._package, self._runtime, plan)
-        check_tensors(self._package, self._engine, plan)
+        self._engine = deserialised(self._package, self._runtime, file)
+        check_tensors(self._package, self._engine, file)
         if entry.settings.weight_streaming:
             # No context yet, or the budget could not be set. With 0 the size below is that of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
@@ -140,7 +138,7 @@ class TensorRTEngine:
             self._weights -= streamable - (streamable if budget is None else budget)
         self._context = self._engine.create_execution_context(self._context_options())
         if self._context is None:
-            raise EngineError(f"{plan.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
+            raise BackendError(f"{file.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
 
     def _budget(self, streamable: int, activations: int, available: int) -> int | None:
         self._weights = max(self._entry.weights, streamable)
@@ -171,13 +169,15 @@ class TensorRTEngine:
         self._drop_graph()
         profile = choose_profile(self._name, self._entry.profiles, shapes)
         if profile != self._context.active_optimization_profile:
-            self._must(self._context.set_optimization_profile_async(profile, self._stream.handle), f"profile {profile}")
+            self._require(
+                self._context.set_optimization_profile_async(profile, self._stream.handle), f"profile {profile}"
+            )
             self._stream.synchronize(self._name)
         for name, shape in shapes.items():
-            self._must(self._context.set_input_shape(name, shape), f"input {name} of {list(shape)}")
+            self._require(self._context.set_input_shape(name, shape), f"input {name} of {list(shape)}")
         self._allocate_scratch(int(self._context.update_device_memory_size_for_shapes()))
         for spec in (*self._entry.inputs, *self._entry.outputs):
-            if not spec.name.startswith(CACHE_PREFIX):
+            if not spec.name.startswith((CACHE_IN, CACHE_OUT)):
                 self._allocate(spec)
         self._shapes = shapes
 
@@ -210,12 +210,14 @@ class TensorRTEngine:
     def _shape(self, name: str) -> Shape:
         shape = tuple(self._context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
-            raise EngineError(f"{self._name}: {name} has no shape that follows from the inputs; {self._cure()}")
+            raise BackendError(
+                f"{self._name}: {name} has no shape that follows from the inputs; {export_for_gpu(self._entry.gpu)}"
+            )
         return shape
 
     def _feed(self, name: str, array: AnyArray) -> AnyArray:
         """Brings an input to where the engine reads it, and returns what must live until it has."""
-        if name.startswith(CACHE_PREFIX):
+        if name.startswith((CACHE_IN, CACHE_OUT)):
             if not isinstance(array, cuda.DeviceArray):
                 array = cuda.to_device(array, self._stream)
             self._address(name, array.buffer)
@@ -227,7 +229,7 @@ class TensorRTEngine:
     def _place_for(self, spec: TensorSpec) -> AnyArray:
         """Where an output comes to be: memory on the host to copy to, or on the GPU to give away."""
         shape = self._shape(spec.name)
-        if not spec.name.startswith(CACHE_PREFIX):
+        if not spec.name.startswith((CACHE_IN, CACHE_OUT)):
             return np.empty(shape, spec.array_dtype)
         array = cuda.DeviceArray(shape, spec.array_dtype)
         self._address(spec.name, array.buffer)
@@ -250,22 +252,19 @@ class TensorRTEngine:
             if capturable is None or capturable(self._stream.handle):
                 self._graph = cuda.Graph(self._stream, self._enqueue)
                 return
-        except EngineError:
+        except BackendError:
             self._package.errors.clear()
         self._records = False
 
     def _enqueue(self) -> None:
-        self._must(self._context.execute_async_v3(self._stream.handle), "the run")
+        self._require(self._context.execute_async_v3(self._stream.handle), "the run")
 
     def _address(self, name: str, buffer: cuda.DeviceBuffer) -> None:
-        self._must(self._context.set_tensor_address(name, buffer.pointer), f"the address of {name}")
+        self._require(self._context.set_tensor_address(name, buffer.pointer), f"the address of {name}")
 
-    def _must(self, succeeded: bool, doing: str) -> None:
+    def _require(self, succeeded: bool, doing: str) -> None:
         if not succeeded:
-            raise EngineError(f"{self._name}: {self._package.name} refuses {doing} ({self._package.take_errors()})")
-
-    def _cure(self) -> str:
-        return export_again(self._entry.gpu)
+            raise BackendError(f"{self._name}: {self._package.name} refuses {doing} ({self._package.take_errors()})")
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
@@ -274,7 +273,7 @@ class TensorRTEngine:
 
     def _unload(self) -> None:
         """In this order: each needs the next."""
-        with contextlib.suppress(EngineError):
+        with contextlib.suppress(BackendError):
             self._stream.synchronize(self._name)
         self._drop_graph()
         self._context = None

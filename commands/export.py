@@ -1,0 +1,80 @@
+"""`ttt-video export`: from a preset or a checkpoint to a bundle."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ttt_video_engine.commands.options import Debug
+from ttt_video_engine.commands.progress import ProgressDisplay
+from ttt_video_engine.engines.tensorrt.engine import BuildSettings
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config_file import resolve_config
+from ttt_video_engine.runtime.dtypes import Precision
+from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.settings import BackendName
+
+
+def export(
+    output: Annotated[Path, typer.Option(help="Bundle to make or update.", show_default=False)],
+    preset: Annotated[str | None, typer.Option(help="tiny, debug or 5B.", show_default="tiny")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with options and sizes; options given here go before it.")
+    ] = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.", show_default="9s"),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option("--dtype", "--precision", help="Precision of weights and activations.", show_default="float32"),
+    ] = None,
+    ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of random weights, and of TTT layers a checkpoint lacks.", min=0, show_default="0"),
+    ] = None,
+    engine: Annotated[BackendName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
+    ] = None,
+    plugin: Annotated[bool, typer.Option(help="TTT layers as our kernels, or as standard operators.")] = True,
+    optimization_level: Annotated[int, typer.Option(help="TensorRT's, 0 to 5.", min=0, max=5)] = 3,
+    workspace: Annotated[int | None, typer.Option(help="Scratch memory of TensorRT in MiB.", min=1)] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory, see sample --gpu-memory.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference, and to TensorRT engines."""
+    if (engine == "tensorrt") != bool(gpu):
+        raise ConfigError("--engine tensorrt and --gpu go together: name the architectures to compile for, as sm_89")
+    chosen = resolve_config(
+        config, preset=preset, ttt=ttt, lengths=length, dtype=dtype, width=width, height=height, seed=seed
+    )
+    model = chosen.model
+
+    from ttt_video_engine.export.build import EngineRequest, export_bundle
+    from ttt_video_engine.export.sources.source import CheckpointSource, SeededSource
+
+    settings = BuildSettings(
+        optimization_level=optimization_level,
+        workspace=None if workspace is None else workspace << 20,
+        weight_streaming=weight_streaming,
+        plugins=plugin,
+    )
+    with ProgressDisplay(passing=True) as display:
+        source = (
+            SeededSource(model, chosen.seed)
+            if checkpoint is None
+            else CheckpointSource(model, checkpoint, chosen.seed, display.line)
+        )
+        plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update)
+    typer.echo(f"bundle: {output}")

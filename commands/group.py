@@ -1,0 +1,36 @@
+"""The commands by name. Help of the whole program needs their names only, so that it is quick."""
+
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+COMMANDS = {
+    "export": "Export a model to ONNX graphs, each held to the PyTorch reference, and to TensorRT engines.",
+    "sample": "Render the videos of a storyboard file.",
+    "plan": "Say what a model needs before it is built, whether it fits, and with which settings.",
+    "devices": "Show what can run graphs on this machine, and why the rest cannot.",
+    "parity": "Hold the reference and freshly exported graphs to recordings of the public code.",
+    "inspect": "Show what a bundle holds, whether it is whole, and what would be rebuilt.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Imports the module of a command when that command is called."""
+
+    def __init__(self, name: str) -> None:
+        stubs: Any = {command: TyperCommand(command, help=text) for command, text in COMMANDS.items()}
+        super().__init__(name=name, commands=stubs, help="From a storyboard to a video with TTT-Video models.")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and load_command(name), rest
+
+
+def load_command(name: str) -> Any:
+    """The command whose function is `commands.NAME.NAME`."""
+    module = importlib.import_module(f"ttt_video_engine.commands.{name}")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name, help=COMMANDS[name])(getattr(module, name))
+    return typer.main.get_command(app)

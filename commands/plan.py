@@ -1,0 +1,82 @@
+"""`ttt-video plan`: what a model needs, before it is built."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from ttt_video_engine.commands.options import Debug, Json
+from ttt_video_engine.engines.tensorrt.checks import parse_memory
+from ttt_video_engine.planning.fit import MemorySettings, PlanInput, available_ram, disk_bytes, fit
+from ttt_video_engine.planning.report import commands, report, source_options, verdict
+from ttt_video_engine.runtime.bundle import open_bundle
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config_file import resolve_config
+from ttt_video_engine.runtime.dtypes import Precision
+from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.settings import BackendName
+
+
+def plan(
+    preset: Annotated[str | None, typer.Option(help="tiny, debug or 5B.", show_default="tiny")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder made by export, in place of a preset.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file, as for export.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of weights; says what it holds as well.")] = None,
+    ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
+    length: Annotated[
+        str | None, typer.Option(help="3s, 9s, 18s, 30s or 63s.", show_default="9s, or the longest of the bundle")
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option("--dtype", "--precision", help="Precision of weights and activations.", show_default="float32"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    num_steps: Annotated[int, typer.Option(help="Denoising steps.", min=1, max=1000)] = 50,
+    engine: Annotated[
+        BackendName | None,
+        typer.Option(
+            help="What is to run the graphs.", show_default="tensorrt for bfloat16 and --gpu-memory, else onnxruntime"
+        ),
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="What the GPU has, such as 24GB.", show_default=False)] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a model needs before it is built, whether it fits, and with which settings."""
+
+    exported = (preset, config, checkpoint, ttt, dtype, width, height)
+    if bundle is not None and any(option is not None for option in exported):
+        raise ConfigError("--bundle says what was exported: give --length, --num-steps, --engine, --gpu-memory only")
+    if engine == "onnxruntime" and gpu_memory is not None:
+        raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
+    opened = None if bundle is None else open_bundle(bundle)
+    if opened is None:
+        lengths = None if length is None else [length]
+        chosen = resolve_config(
+            config, preset=preset, ttt=ttt, lengths=lengths, dtype=dtype, width=width, height=height
+        )
+        model, settings = chosen.model, MemorySettings(length=chosen.lengths[-1], dtype=chosen.dtype)
+    else:
+        model = opened.manifest.model
+        settings = MemorySettings(length=length or opened.manifest.lengths[-1], dtype=opened.manifest.dtype)
+    engine = engine or ("tensorrt" if gpu_memory is not None or settings.dtype == "bfloat16" else "onnxruntime")
+    ram = available_ram()
+    gpu_limit = None if gpu_memory is None else parse_memory(gpu_memory)
+    limit = ram if engine == "onnxruntime" else gpu_limit
+    disk = None if opened is None else disk_bytes(opened)
+    found = fit(PlanInput(model, settings, engine, num_steps, disk), limit, ram)
+    typed = commands(found, source_options(model, checkpoint, config), opened, gpu_memory)
+    stored = {}
+    if checkpoint is not None:
+        from ttt_video_engine.export.sources.stored_sizes import stored_sizes
+
+        stored = stored_sizes(checkpoint)
+    if json:
+        content = {"verdict": verdict(found), "commands": typed, "checkpoint": stored, **msgspec.to_builtins(found)}
+        typer.echo(msgspec.json.encode(content).decode())
+    else:
+        typer.echo("\n".join(report(found, typed, stored)))
+    if limit is not None and found.chosen is None:
+        raise typer.Exit(1)

@@ -1,0 +1,126 @@
+"""An engine, which is what TensorRT calls a built engine, and the JSON beside it that says what it is.
+
+Reading an engine needs a GPU and trust; everything that can be known without either stands in the JSON.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct, field
+
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, export_for_gpu
+from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.runner import TensorSpec
+
+FORMAT_VERSION = 1
+FOLDER, KERNELS = "engines", "engines/kernels"
+SUFFIX = ".engine"
+
+Shape = tuple[int, ...]
+PackageName = Literal["tensorrt", "tensorrt_rtx"]
+
+
+class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
+    """Shapes of one input that a profile takes: from `min` to `max`, tuned for `opt`."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def __str__(self) -> str:
+        return " … ".join(str(list(shape)) for shape in dict.fromkeys((self.min, self.opt, self.max)))
+
+
+Profile = dict[str, ShapeRange]
+"""Input → shapes, for the inputs that have free axes."""
+
+
+class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the builder was asked for. `workspace` is in bytes; None leaves it to TensorRT."""
+
+    optimization_level: int = 3
+    workspace: int | None = None
+    weight_streaming: bool = False
+    plugins: bool = True
+
+
+class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The content of the JSON beside an engine.
+
+    `plugins` names the layers that run a kernel of ours and the cubin of each; `fallback` says why TTT layers run as
+    standard operators instead, and is empty where none do. `weights` are the bytes of weights that were built in.
+    """
+
+    format_version: int = FORMAT_VERSION
+    graph: str
+    gpu: str
+    dtype: DType
+    package: PackageName
+    package_version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    plugins: dict[str, str]
+    fallback: str = ""
+    settings: BuildSettings = field(default_factory=BuildSettings)
+    size: int
+    weights: int
+    sha256: str
+    seconds: float
+    key: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine in a bundle: its file, and what the JSON says of it."""
+
+    path: Path
+    entry: EngineEntry
+
+    def verify(self) -> None:
+        """Raises BackendError where the engine is not the file that was built."""
+        if not self.path.is_file():
+            raise BackendError(f"{self.path}: is missing; {export_for_gpu(self.entry.gpu)}")
+        if self.path.stat().st_size != self.entry.size or sha256_of(self.path) != self.entry.sha256:
+            raise BackendError(f"{self.path}: has changed since it was built; {export_for_gpu(self.entry.gpu)}")
+
+
+def engine_name(graph: str, dtype: DType, package: PackageName, version: str, gpu: str) -> str:
+    """File name of an engine; everything in it makes an engine useless elsewhere."""
+    return f"{graph}.{dtype}.{package}-{version}.{gpu}{SUFFIX}"
+
+
+def entry_path(engine: Path) -> Path:
+    """The JSON beside an engine."""
+    return engine.with_name(engine.name + ".json")
+
+
+def list_engines(bundle: Path) -> list[EngineFile]:
+    """All engines of a bundle, by name. Raises BackendError naming a JSON that cannot be read."""
+    return [_read(path) for path in sorted((bundle / FOLDER).glob(f"*{SUFFIX}.json"))]
+
+
+def find_engine(bundle: Path, graph: str, gpu: str) -> EngineFile:
+    """The engine of a graph for a GPU. Raises BackendError that says which there are, and how to build the one missing."""
+    engines = [engine for engine in list_engines(bundle) if engine.entry.graph == graph]
+    for engine in engines:
+        if engine.entry.gpu == gpu:
+            return engine
+    others = ", ".join(sorted({engine.entry.gpu for engine in engines})) or "no GPU"
+    raise BackendError(f"{bundle}: {graph} is built for {others}, not for {gpu}; {export_for_gpu(gpu)}")
+
+
+def _read(path: Path) -> EngineFile:
+    try:
+        entry = msgspec.json.decode(path.read_bytes(), type=EngineEntry)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BackendError(f"{path}: {error}; {EXPORT_AGAIN} with --engine tensorrt") from error
+    if entry.format_version > FORMAT_VERSION:
+        raise BackendError(
+            f"{path}: format_version is {entry.format_version}, this program reads up to {FORMAT_VERSION}; "
+            f"update ttt-video-engine or {EXPORT_AGAIN}"
+        )
+    return EngineFile(path.with_name(path.name.removesuffix(".json")), entry)

@@ -1,0 +1,135 @@
+"""The components as flat graphs: named tensors in, named tensors out.
+
+Latents, embeddings and frames are float32 at every border, whatever precision a component computes in, so that the
+runtime needs no other; only the VAE's caches, which no one else reads, have the component's own dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ttt_video_engine.export.graphs.graph import Graph, Input
+from ttt_video_engine.reference.text_encoder import TextEncoder
+from ttt_video_engine.reference.transformer import DiffusionTransformer
+from ttt_video_engine.reference.vae import CausalConv3d, ConvCache, VaeDecoder
+from ttt_video_engine.runtime.bundle import (
+    CACHE_IN,
+    CACHE_OUT,
+    TEXT_ENCODER,
+    VAE_FIRST,
+    VAE_NEXT,
+    latent_shape,
+    transformer_graph_name,
+)
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+
+
+def component_graphs(module: nn.Module, model: ModelConfig, lengths: Sequence[str]) -> list[Graph]:
+    """All graphs of a component, those that need one for each of `lengths`."""
+    if isinstance(module, TextEncoder):
+        return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
+    if isinstance(module, DiffusionTransformer):
+        return [transformer_graph(module, model, length) for length in lengths]
+    if isinstance(module, VaeDecoder):
+        factor = model.vae.spatial_factor
+        return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
+    raise TypeError(f"{type(module).__name__} is no component")
+
+
+def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:
+    """ids [batch, tokens] int64 → embeddings [batch, tokens, d_model]."""
+    ids = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    return Graph(
+        name=TEXT_ENCODER,
+        file="text_encoder/model.onnx",
+        module=TextEncoderGraph(encoder),
+        inputs=(Input("ids", ids, {0: "batch", 1: "tokens"}),),
+        outputs=("embeddings",),
+    )
+
+
+def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, length: str) -> Graph:
+    """latents [batch, T, C, H, W], text [batch, S, N, text_dim], timestep [batch] int64 → velocity like latents."""
+    size = model.clip_size(length)
+    return Graph(
+        name=transformer_graph_name(length),
+        file=f"transformer/model-{length}.onnx",
+        module=TransformerGraph(transformer),
+        inputs=transformer_inputs(size, latent_shape(model, size)[1], model.transformer.text_dim),
+        outputs=("velocity",),
+        ttt=model.transformer.ttt,
+        length=length,
+        layers="transformer.layers",
+    )
+
+
+def transformer_inputs(size: ClipSize, channels: int, text_dim: int) -> tuple[Input, ...]:
+    """Inputs of one clip for both branches of guidance; only the batch is free."""
+    examples = {
+        "latents": torch.empty(2, size.num_frames, channels, size.height, size.width),
+        "text": torch.empty(2, size.num_scenes, size.text_length, text_dim),
+        "timestep": torch.tensor([979, 499]),
+    }
+    return tuple(Input(name, example, {0: "batch"}) for name, example in examples.items())
+
+
+def vae_graphs(decoder: VaeDecoder, *, height: int, width: int) -> tuple[Graph, Graph]:
+    """The first window and every other: latents [1, T, C, H, W] (and caches) → frames [1, 3, T', 8H, 8W], caches."""
+    config = decoder.config
+    caches = [name for name, module in decoder.named_modules() if isinstance(module, CausalConv3d)]
+    outputs = ("frames", *(CACHE_OUT + name for name in caches))
+    first, following = (
+        torch.empty(1, frames, config.z_channels, height, width)
+        for frames in (1 + config.temporal_window, config.temporal_window)
+    )
+    first_module, next_module = (VaeGraph(decoder, caches, first=is_first) for is_first in (True, False))
+    shapeless = {name: weight.to("meta") for name, weight in first_module.state_dict().items()}
+    _, *cache = functional_call(first_module, shapeless, (first.to("meta"),))
+    inputs = [Input("latents", following, {})]
+    inputs += [
+        Input(CACHE_IN + name, torch.empty_like(c, device="cpu"), {}) for name, c in zip(caches, cache, strict=True)
+    ]
+    return (
+        Graph(VAE_FIRST, "vae_decoder/first.onnx", first_module, (Input("latents", first, {}),), outputs),
+        Graph(VAE_NEXT, "vae_decoder/next.onnx", next_module, tuple(inputs), outputs),
+    )
+
+
+class TextEncoderGraph(nn.Module):
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.encoder(ids)
+        return embeddings.float()
+
+
+class TransformerGraph(nn.Module):
+    def __init__(self, transformer: DiffusionTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+        dtype = self.transformer.transformer_norm.weight.dtype
+        velocity: Tensor = self.transformer(latents.to(dtype), text.to(dtype), timestep)
+        return velocity.float()
+
+
+class VaeGraph(nn.Module):
+    """One window of decoding; the caches come and go as tensors in the order of `caches`."""
+
+    def __init__(self, decoder: VaeDecoder, caches: Sequence[str], *, first: bool) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.caches = tuple(caches)
+        self.first = first
+
+    def forward(self, latents: Tensor, *cache_in: Tensor) -> tuple[Tensor, ...]:
+        cache = ConvCache({} if self.first else dict(zip(self.caches, cache_in, strict=True)))
+        dtype = self.decoder.conv_in.conv.weight.dtype
+        z = latents.transpose(1, 2).to(dtype) / self.decoder.config.scale_factor
+        frames = self.decoder(z, cache)
+        return frames.float(), *(cache.frames[name] for name in self.caches)

@@ -1,0 +1,228 @@
+"""From a module to an ONNX graph with stable weight names."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
+from ttt_video_engine.export.graphs.ttt_op import add_function_body, scans_as_nodes
+from ttt_video_engine.export.graphs.weights import WeightFile
+from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType, TensorDType
+from ttt_video_engine.runtime.errors import BackendError
+from ttt_video_engine.runtime.runner import TensorSpec
+from ttt_video_engine.runtime.ttt_op import DOMAIN
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+OPSET = 20
+"""Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""
+
+FOLD_LIMIT = 1024
+"""Bytes. Shapes and axes are folded into the graph; tables that grow with the clip are left for the runtime to fold."""
+
+
+Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""Inputs and outputs of a graph."""
+
+_DTYPES: dict[int, TensorDType] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT64: "int64",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input as an example, whose values do not matter if it is floating-point, and the names of its free axes."""
+
+    name: str
+    example: Tensor
+    free_axes: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to be exported: a module with named inputs and outputs.
+
+    Weights and inputs are looked at for their shapes and dtypes alone, so that they may be with_placeholder_weights. `ttt` is the kind of
+    its TTT nodes where it has some, `length` that of the clips where it depends on one, `layers` the name of the layers
+    in the module where all are alike.
+    """
+
+    name: str
+    file: str
+    module: nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    ttt: TTTKind | None = None
+    length: str = "any"
+    layers: str = ""
+
+    @property
+    def component(self) -> str:
+        """The folder in a bundle of all graphs that share one module."""
+        return self.file.partition("/")[0]
+
+
+def trace(graph: Graph) -> ir.Model:
+    """A graph of standard operators and TTT nodes; weights keep their names in the module.
+
+    Those of layers that were not traced but repeated (`repeat.py`) are without their values.
+    """
+    with first_layers_only(graph.module, graph.layers) as num_layers:
+        model = _traced(graph)
+    if num_layers > TRACED:
+        repeat_last_layer(model, f"{graph.layers}.", num_layers)
+        passes.NameFixPass()(model)
+    _name_scans(model)
+    model.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
+    return model
+
+
+def _traced(graph: Graph) -> ir.Model:
+    module, inputs = graph.module, graph.inputs
+    axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
+    nodes = nullcontext() if graph.ttt is None else scans_as_nodes(module, graph.ttt)
+    shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
+    with _quiet(), torch.no_grad(), nodes:
+        program = torch.onnx.export(
+            module,
+            tuple(spec.example for spec in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=list(graph.outputs),
+            dynamic_shapes=shapes if axes else None,
+            optimize=False,
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("the exporter returned no program")
+        model = program.model
+        _simplify(model, weights=set(module.state_dict()))
+    return model
+
+
+def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None = None) -> None:
+    """Writes the graph beside its weights, with the body of its TTT nodes where it has some. Checked by onnx."""
+    weights.attach(model)
+    proto = ir.to_proto(model)
+    if ttt is not None:
+        add_function_body(proto, ttt)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    _check(proto)
+
+
+def read_signature(path: Path) -> Signature:
+    """Inputs and outputs of an ONNX file. Raises BackendError for a dtype that no engine takes."""
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs, outputs = (tuple(_spec(path, value) for value in values) for values in (graph.input, graph.output))
+    return inputs, outputs
+
+
+def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in _DTYPES:
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise BackendError(f"{path}: {value.name} is {name}; must be one of {', '.join(_DTYPES.values())}")
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, _DTYPES[tensor.elem_type], shape)
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """Runs onnx's checker on the graph with its weights as inputs: they may be a second name of an older bundle's file,
+    which the checker takes for an attack, and at full size there is no need to read them."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    del bare.graph.initializer[:]
+    for weight in proto.graph.initializer:
+        if weight.data_location == onnx.TensorProto.EXTERNAL:
+            bare.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+        else:
+            bare.graph.initializer.append(weight)
+    onnx.checker.check_model(bare)
+
+
+def _simplify(model: ir.Model, weights: set[str]) -> None:
+    """What `torch.onnx.export` does with optimize=True, but for folding weights, which would lose their names."""
+    passes.InlinePass()(model)
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=FOLD_LIMIT,
+        output_size_limit=FOLD_LIMIT,
+        should_fold=lambda node: False if any(v is not None and v.name in weights for v in node.inputs) else None,
+    )
+    for clean_up in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        _DeduplicateConstants(weights),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        clean_up(model)
+
+
+class _DeduplicateConstants(passes.DeduplicateInitializersPass):
+    """Merges equal constants, but no weights: those that happen to be equal in one checkpoint are not in the next."""
+
+    def __init__(self, weights: set[str]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        values = {name: value for name, value in model.graph.initializers.items() if name in self._weights}
+        tensors = {name: value.const_value for name, value in values.items()}
+        for value in values.values():
+            value.const_value = None  # the pass leaves alone what it does not know
+        result = super().call(model)
+        for name, value in values.items():
+            value.const_value = tensors[name]
+        return result
+
+
+def _name_scans(model: ir.Model) -> None:
+    """Names TTT nodes after the layer whose weights they take, and its two directions, for errors to speak of."""
+    seen: set[str] = set()
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            names = [value.name or "" for value in node.inputs if value is not None]
+            layer = next((name.removesuffix(".W1") for name in names if name.endswith(".W1")), "ttt")
+            node.name = f"{layer}.{'backward' if layer in seen else 'forward'}"
+            seen.add(layer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of packages that are not needed here; its errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,196 @@
+"""The parity gate: a graph in ONNX Runtime against the module it was exported from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.export.graphs.components import component_graphs
+from ttt_video_engine.export.graphs.graph import TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.upcast import upcast_bfloat16
+from ttt_video_engine.export.graphs.weights import WeightFile
+from ttt_video_engine.export.parity.real_text import real_prompts
+from ttt_video_engine.export.parity.shrink import describe_subset, full_weight_name, shrink_component, shrink_config
+from ttt_video_engine.export.sources.source import Component
+from ttt_video_engine.reference.initialise import with_placeholder_weights
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, ParityCheck
+from ttt_video_engine.runtime.config import ModelConfig
+from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.errors import CheckFailed
+from ttt_video_engine.runtime.runner import TensorSpec
+
+TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""Largest error over the largest reference value."""
+
+Cases = dict[str, list[Tensor]]
+"""What is run: inputs in the order of the graph, by a name."""
+
+
+@dataclass
+class Gate:
+    """Holds the graphs of a model to its reference, in float32.
+
+    A model that is too large to run where it is exported is held by a part of it (`reduced.py`): a graph of that part
+    is exported for the occasion, and reads the part's weights where they lie in the file of the whole.
+    """
+
+    model: ModelConfig
+    components: Mapping[str, Component[nn.Module]]
+    dtype: DType
+    tokenizer: Path
+    _embeddings: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._model = shrink_config(self.model)
+
+    def part(self, component: str) -> str:
+        """What is run in place of a component that is too large; empty where it is run whole."""
+        return describe_subset(component, self._model, self.model)
+
+    def check(self, graph: Graph, path: Path, weights: WeightFile) -> tuple[ParityCheck, ...]:
+        """Runs random inputs, and real text where there is text, through the file at `path` and the reference.
+
+        A bfloat16 graph runs with its own weights and constants but float32 between them: see `widen.py`. Raises
+        CheckFailed where an output has a NaN or is over tolerance.
+        """
+        cases, expected = self._run_reference(graph)
+        with self._runnable(graph, path, weights) as runnable:
+            checks = tuple(self._compare(graph, runnable, cases, expected))
+        for check in checks:
+            if not check.max_error <= check.tolerance:
+                raise CheckFailed(
+                    f"{graph.name}: parity on {check.inputs}: error {check.max_error:.1e} is over "
+                    f"{check.tolerance:.0e}; the bundle was left as it was"
+                )
+        return checks
+
+    @torch.no_grad()
+    def _run_reference(self, graph: Graph) -> tuple[Cases, dict[str, list[Tensor]]]:
+        """Inputs, and what the reference makes of them. It is gone before the graph is loaded."""
+        text = self._embedded(graph.length) if graph.component == "transformer" else None
+        reference = self._reference(graph.component, graph.name, graph.length)
+        cases = random_cases(reference)
+        if graph.component == "text_encoder":
+            cases["real text"] = [self._prompts(next(iter(self.model.text_lengths)))]
+        if text is not None:
+            latents, _, timestep = next(iter(cases.values()))
+            cases["real text"] = [latents, text, timestep]
+        if self.part(graph.component):
+            cases.pop("random, batch 2", None)  # real text is a batch of two as well; each takes minutes
+        return cases, {name: _as_list(reference.module(*case)) for name, case in cases.items()}
+
+    def _reference(self, component: str, name: str, length: str) -> Graph:
+        return _named(name, component_graphs(self._reduced(component).load(), self._model, [length]))
+
+    def _reduced(self, component: str) -> Component[nn.Module]:
+        whole = self.components[component]
+        return shrink_component(component, whole, self._model, self.model) if self.part(component) else whole
+
+    @contextmanager
+    def _runnable(self, graph: Graph, path: Path, weights: WeightFile) -> Iterator[Path]:
+        """The graph that is checked: the one at `path`, or beside it one of a part."""
+        if not self.part(graph.component):
+            yield path
+            return
+        module = with_placeholder_weights(self._reduced(graph.component).build, TORCH_DTYPES[self.dtype])
+        part = _named(graph.name, component_graphs(module, self._model, [graph.length]))
+        places = {
+            name: weights.places[full_weight_name(graph.component, name, self._model, self.model)]
+            for name in part.module.state_dict()
+        }
+        target = path.with_name(f".part.{path.name}")
+        try:
+            save(trace(part), target, WeightFile(weights.path, places), part.ttt)
+            yield target
+        finally:
+            target.unlink(missing_ok=True)
+
+    def _compare(
+        self, graph: Graph, path: Path, cases: Cases, expected: dict[str, list[Tensor]]
+    ) -> Iterator[ParityCheck]:
+        with _open(path, self.dtype) as engine:
+            for name, case in cases.items():
+                feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(engine.inputs, case, strict=True)}
+                found = engine.run(feeds)
+                outputs = zip(graph.outputs, expected[name], strict=True)
+                errors = [_error(graph, name, output, found[output], tensor) for output, tensor in outputs]
+                yield ParityCheck(
+                    inputs=name,
+                    max_error=max(largest for largest, _ in errors),
+                    mean_error=max(mean for _, mean in errors),
+                    tolerance=TOLERANCES[self.dtype],
+                    part=self.part(graph.component),
+                )
+
+    def _prompts(self, length: str) -> Tensor:
+        """Token ids [2·S, N] of real text."""
+        return real_prompts(self.tokenizer, self._model, length).flatten(0, 1)
+
+    def _embedded(self, length: str) -> Tensor:
+        """Embeddings [2, S, N, text_dim] of real text. The encoder is loaded once, for all lengths."""
+        if not self._embeddings:
+            encoder = self._reference("text_encoder", TEXT_ENCODER, length).module
+            for other in self.model.text_lengths:
+                self._embeddings[other] = encoder(self._prompts(other)).unflatten(0, (2, -1))
+        return self._embeddings[length]
+
+
+def random_cases(graph: Graph) -> Cases:
+    """Inputs for a graph: its batch of two, and the first of it alone."""
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        torch.randn(spec.example.shape, generator=generator) if spec.example.is_floating_point() else spec.example
+        for spec in graph.inputs
+    ]
+    if not any(0 in spec.free_axes for spec in graph.inputs):
+        return {"random": examples}
+    return {"random, batch 2": examples, "random, batch 1": [example[:1] for example in examples]}
+
+
+def _named(name: str, graphs: Sequence[Graph]) -> Graph:
+    return next(graph for graph in graphs if graph.name == name)
+
+
+def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+@contextmanager
+def _open(path: Path, dtype: DType) -> Iterator[OnnxRuntimeRunner]:
+    signature = read_signature(path)
+    if dtype != "bfloat16":
+        with OnnxRuntimeRunner(path, *signature) as engine:
+            yield engine
+        return
+    inputs, outputs = (tuple(_wide(spec) for spec in specs) for specs in signature)
+    with TemporaryDirectory(prefix="ttt-video-parity-") as folder:
+        wide = upcast_bfloat16(path, Path(folder) / "model.onnx")
+        with OnnxRuntimeRunner(wide, inputs, outputs) as engine:
+            yield engine
+
+
+def _wide(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
+
+
+def _as_spec(value: Tensor, spec: TensorSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    return value.numpy().astype(spec.dtype)
+
+
+def _error(
+    graph: Graph, case: str, output: str, found: np.ndarray[tuple[int, ...], np.dtype[np.generic]], expected: Tensor
+) -> tuple[float, float]:
+    """Largest and mean error relative to the largest reference value."""
+    reference = expected.numpy().astype(np.float64)
+    if not (np.isfinite(found).all() and np.isfinite(reference).all()):
+        raise CheckFailed(f"{graph.name}: parity on {case}: {output} is not finite; the bundle was left as it was")
+    difference = np.abs(found.astype(np.float64) - reference)
+    scale = max(float(np.abs(reference).max()), 1e-12)
+    return float(difference.max()) / scale, float(difference.mean()) / scale

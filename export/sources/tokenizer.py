@@ -1,0 +1,115 @@
+"""Tokenizers for bundles: one trained on our own prose for the small presets, T5's for the full model.
+
+Both have T5's shape, `<pad>` 0, `</s>` 1 and `<unk>` 2, and end with the two scene tokens: scene end, then scene start.
+"""
+
+import math
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from ttt_video_engine.runtime.errors import CheckpointError, ConfigError
+from ttt_video_engine.runtime.tokenizer import END_TOKEN, PAD_TOKEN, SCENE_END_TOKEN, SCENE_START_TOKEN
+
+_CONTROL_TOKENS = (PAD_TOKEN, END_TOKEN, "<unk>")
+_NUM_SCENE_TOKENS = 2
+_ASCII = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+
+
+def tiny_prose() -> str:
+    """The text that the tokenizer of the small presets is trained on."""
+    return resources.files("ttt_video_engine.export.sources").joinpath("prose.txt").read_text(encoding="utf-8")
+
+
+def train_tokenizer(prose: str, vocab_size: int) -> Tokenizer:
+    """A Unigram tokenizer of exactly `vocab_size` tokens, scene tokens included; the same for the same prose.
+
+    Byte-pair merges choose the pieces and their frequency in the prose is their score: the library's own Unigram
+    trainer sums in random order, and so makes another file in every run. Raises ConfigError where the prose has too few
+    pieces.
+    """
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
+    wanted = vocab_size - len(_CONTROL_TOKENS) - _NUM_SCENE_TOKENS
+    pieces = _frequent_pieces(normalizer.normalize_str(prose), max(wanted, 0))
+    if len(pieces) != wanted:
+        least = len(_CONTROL_TOKENS) + _NUM_SCENE_TOKENS + len(pieces)
+        cure = "give more prose or a smaller vocab_size" if len(pieces) < wanted else f"must be at least {least}"
+        raise ConfigError(f"vocab_size is {vocab_size}, but the prose makes {least} tokens: {cure}")
+    tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in _CONTROL_TOKENS), *pieces], unk_id=2))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _CONTROL_TOKENS])
+    return _with_scene_tokens(tokenizer)
+
+
+def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """T5's tokenizer from a Hugging Face folder, with `tokenizer.json` or `spiece.model`, and the scene tokens.
+
+    `vocab_size` is the text encoder's, 32102 for T5 v1.1. Raises CheckpointError where the files do not give two less.
+    """
+    if (folder / "tokenizer.json").is_file():
+        source = folder / "tokenizer.json"
+        load = _from_tokenizer_json
+    elif (folder / "spiece.model").is_file():
+        source = folder / "spiece.model"
+        load = _from_sentencepiece
+    else:
+        raise CheckpointError(f"{folder}: holds neither tokenizer.json nor spiece.model; give T5's tokenizer folder")
+    try:
+        tokenizer = load(source)
+    # The libraries raise plain Exception, and with several lines.
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise CheckpointError(f"{source}: not a T5 tokenizer ({cause}); download it again") from error
+    for token_id, token in enumerate(_CONTROL_TOKENS):
+        if tokenizer.token_to_id(token) != token_id:
+            found = tokenizer.token_to_id(token)
+            raise CheckpointError(f"{source}: {token} is {found}, must be {token_id}; give T5's tokenizer")
+    for token in (SCENE_END_TOKEN, SCENE_START_TOKEN):
+        if tokenizer.token_to_id(token) is not None:
+            raise CheckpointError(f"{source}: holds {token} already; give T5's tokenizer as published")
+    found, wanted = tokenizer.get_vocab_size(), vocab_size - _NUM_SCENE_TOKENS
+    if found != wanted:
+        raise CheckpointError(f"{source}: has {found} tokens, must have {wanted} to suit vocab_size {vocab_size}")
+    return _with_scene_tokens(tokenizer)
+
+
+def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
+    """The printable ASCII characters, the prose's others and its most frequent merges, with log probabilities.
+
+    `count` pieces; fewer where the prose has no more merges, more where it has too many characters.
+    """
+    split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split
+    trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=_ASCII, show_progress=False)
+    tokenizer.train_from_iterator([prose], trainer)
+    words = Counter(word for word, _ in split.pre_tokenize_str(prose))
+    # Every occurrence counts, inside longer pieces too, and one more for the characters that the prose lacks.
+    frequency = {piece: 1 + sum(n * word.count(piece) for word, n in words.items()) for piece in tokenizer.get_vocab()}
+    total = sum(frequency.values())
+    ordered = sorted(frequency, key=lambda piece: (-frequency[piece], piece))
+    # Rounded: the library's JSON reader moves the last bit of longer decimals.
+    return [(piece, round(math.log(frequency[piece] / total), 6)) for piece in ordered]
+
+
+def _from_tokenizer_json(source: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(source))
+
+
+def _from_sentencepiece(source: Path) -> Tokenizer:
+    # Heavy, and needed for folders without tokenizer.json only.
+    from transformers import T5Tokenizer
+
+    tokenizer: Tokenizer = T5Tokenizer.from_pretrained(source.parent, local_files_only=True).backend_tokenizer
+    return tokenizer
+
+
+def _with_scene_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Adds the two tokens behind all others. `normalized=False`: found as they are spelled, or not at all."""
+    scene_tokens = (SCENE_END_TOKEN, SCENE_START_TOKEN)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in scene_tokens])
+    return tokenizer

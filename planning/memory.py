@@ -1,0 +1,181 @@
+"""Memory that rendering takes, and building for TensorRT, component by component; there is one at a time.
+
+In ONNX Runtime on a CPU: counted at its peak and held to measurements, see `benchmarks/footprint.py`. On a GPU, in
+TensorRT: an estimate that no GPU has confirmed. Sizes are bytes.
+"""
+
+from msgspec import Struct
+
+from ttt_video_engine.planning.flops import segment_tokens, vae_convolutions
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
+
+FLOAT32 = 4
+
+# ONNX Runtime 1.32 on a CPU, Python 3.11: `python benchmarks/footprint.py`.
+CPU_PROCESS = 90 << 20
+"""Python, the pipeline, ONNX Runtime, one session and the code that its first run brings in."""
+CPU_WEIGHTS = 1.2
+"""Weights are transposed and packed for matrix products; what that leaves free in between is not given back."""
+CPU_ACTIVATIONS = 2.2
+"""The first run takes its buffers from the arena one by one; every later run one block, laid out after what the first
+took, for which the arena has to grow by as much again. A tenth more is lost between the buffers."""
+CPU_STATES = 8
+"""Inner weights of a scan at once: as stored, expanded to the batch, carried in and out, and their updates."""
+
+GPU_CONTEXT = 512 << 20
+"""CUDA's context, the code of TensorRT and of the kernels. An allowance, not measured."""
+GPU_HOST_PROCESS = 1 << 30
+"""RAM of a process that runs TensorRT: libraries and CUDA's driver. An allowance, not measured."""
+BUILD_PROCESS = 512 << 20
+BUILD_WEIGHTS = 1.8
+"""TensorRT holds the plan that it makes, and up to four fifths of the weights once more. Their file is mapped, and
+leaves memory where there is no room. TensorRT-RTX 1.7: `python benchmarks/full_width.py --num-layers 12`."""
+GPU_STREAMS = 12
+"""Tensors [B, L, D] at once in the second TTT pass of a layer: the residual, what attention gave, the sum with the
+first pass, its reversal, q, k and v as projected and as the scan takes them, what the scan gives, one to spare. The
+MLP's hidden layer, before and after GELU, has ten."""
+GPU_VAE_TENSORS = 5
+"""Activations at once in a residual block: the skip, its norm's scale and shift, normed and padded, and the result."""
+
+
+class ComponentMemory(Struct, frozen=True):
+    """What one component takes at its peak. `io` are inputs and outputs, `process` what is there without a model."""
+
+    process: int
+    weights: int
+    activations: int
+    io: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.weights + self.activations + self.io
+
+
+def cpu_memory(
+    model: ModelConfig, length: str, weights: dict[str, int], *, low_memory: bool
+) -> dict[str, ComponentMemory]:
+    """RAM of each component in ONNX Runtime, `weights` as float32: it computes in nothing narrower on a CPU."""
+    size = model.clip_size(length)
+    batch = 1 if low_memory else 2
+    activations = {
+        "text_encoder": _text_encoder_activations(model, size, FLOAT32),
+        "transformer": _cpu_transformer_activations(model, size, batch),
+        "vae_decoder": _cpu_vae_activations(model, size),
+    }
+    io = _io(model, size, batch, FLOAT32)
+    return {
+        name: ComponentMemory(CPU_PROCESS, int(CPU_WEIGHTS * weights[name]), int(CPU_ACTIVATIONS * live), io[name])
+        for name, live in activations.items()
+    }
+
+
+def gpu_memory(
+    model: ModelConfig, length: str, dtype: DType, weights: dict[str, int], *, low_memory: bool
+) -> dict[str, ComponentMemory]:
+    """GPU memory of each component in TensorRT, all `weights` on the GPU."""
+    size = model.clip_size(length)
+    batch, item = 1 if low_memory else 2, ITEM_BYTES[dtype]
+    activations = {
+        "text_encoder": _text_encoder_activations(model, size, item),
+        "transformer": _gpu_transformer_activations(model, size, batch, item),
+        "vae_decoder": _gpu_vae_activations(model, size, item),
+    }
+    io = _io(model, size, batch, item)
+    return {name: ComponentMemory(GPU_CONTEXT, weights[name], live, io[name]) for name, live in activations.items()}
+
+
+def host_memory(model: ModelConfig, length: str) -> dict[str, int]:
+    """RAM beside a GPU: the process, and what goes in and comes out. Weights that are streamed come on top."""
+    size = model.clip_size(length)
+    return {name: GPU_HOST_PROCESS + arrays for name, arrays in _arrays(model, size, 2).items()}
+
+
+def build_memory(weights: int) -> int:
+    """RAM that TensorRT takes to make a plan of a component with that many bytes of weights."""
+    return BUILD_PROCESS + int(BUILD_WEIGHTS * weights)
+
+
+def _text_encoder_activations(model: ModelConfig, size: ClipSize, item: int) -> int:
+    """One scene: scores, their softmax and the bias of positions; the gate, the other half and the product of the MLP;
+    a residual, q, k, v and their likes."""
+    config, tokens = model.text_encoder, size.text_length
+    attention = 3 * config.num_heads * tokens**2
+    return item * (attention + 3 * tokens * config.d_ff + 8 * tokens * config.d_model)
+
+
+def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int) -> int:
+    """What is live in the softmax of the last layers.
+
+    ONNX Runtime gives a buffer on to the next tensor of the same shape and returns it after the last of them. Shapes
+    [B, …] return in every layer, so their buffers stay: the MLP's hidden layer before and after GELU, and 18 tensors of
+    the size of the clip (13 whole, 4 in parts of text and video, 2 in halves for rotary embedding). Shapes [B·S, …] of
+    the segments have a first axis without a name, so each is taken and returned by itself: six of them, and scores
+    [B·S, h, M, M] before and after softmax. With several scenes, five more are there in the order of the scan.
+    """
+    config = model.transformer
+    tokens, segment = size.num_tokens(config.patch_size), segment_tokens(config, size)
+    stream = max(tokens, size.num_scenes * segment) * config.model_dim
+    scores = size.num_scenes * config.num_heads * segment**2
+    streams = 24 if size.num_scenes == 1 else 29
+    hidden = 4 * tokens * config.model_dim
+    live = 2 * scores + 2 * hidden + streams * stream + CPU_STATES * _ttt_state(model)
+    return FLOAT32 * batch * live
+
+
+def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
+    """As GPU_STREAMS says. TensorRT fuses attention in half precision; in float32 scores are there twice."""
+    config = model.transformer
+    tokens = size.num_tokens(config.patch_size)
+    segment = segment_tokens(config, size)
+    scores = 2 * size.num_scenes * config.num_heads * segment**2 if item == FLOAT32 else 0
+    rates = FLOAT32 * tokens * config.num_heads
+    return batch * (item * (GPU_STREAMS * tokens * config.model_dim + scores) + rates + FLOAT32 * _ttt_state(model))
+
+
+def _ttt_state(model: ModelConfig) -> int:
+    """Values of the inner weights that one scan carries."""
+    config = model.transformer
+    return {"linear": 1, "mlp": 8}[config.ttt] * config.model_dim * config.head_dim
+
+
+def _cpu_vae_activations(model: ModelConfig, size: ClipSize) -> int:
+    """What is live in the last residual block of a window.
+
+    ONNX Runtime cuts the caches from the padded inputs of the causal convolutions at the very end, so all of those are
+    still there; and the skip, scale, shift, normed tensor and the two parts that one of them is joined from.
+    """
+    window = model.vae.temporal_window
+    causal = [layer for layer in vae_convolutions(model.vae, window, size.height, size.width) if layer.causal]
+    *before, last = causal
+    padded = sum(layer.in_channels * (layer.frames + 2) * layer.height * layer.width for layer in before)
+    return FLOAT32 * (padded + 5 * last.in_channels * last.frames * last.height * last.width)
+
+
+def _gpu_vae_activations(model: ModelConfig, size: ClipSize, item: int) -> int:
+    window = model.vae.temporal_window
+    layers = vae_convolutions(model.vae, window, size.height, size.width)
+    sizes = [layer.in_channels * (layer.frames + 2) * layer.height * layer.width for layer in layers if layer.causal]
+    return item * GPU_VAE_TENSORS * max(sizes)
+
+
+def _io(model: ModelConfig, size: ClipSize, batch: int, item: int) -> dict[str, int]:
+    """Inputs and outputs, with the VAE's caches: two frames for each causal convolution, in and out."""
+    vae, arrays = model.vae, _arrays(model, size, batch)
+    layers = vae_convolutions(vae, vae.temporal_window, size.height, size.width)
+    caches = sum(2 * layer.in_channels * layer.height * layer.width for layer in layers if layer.causal)
+    return arrays | {"vae_decoder": arrays["vae_decoder"] + 2 * item * caches}
+
+
+def _arrays(model: ModelConfig, size: ClipSize, batch: int) -> dict[str, int]:
+    """Inputs and outputs that the pipeline hands over, in float32: embeddings, latents and frames."""
+    config, vae = model.transformer, model.vae
+    latents = config.in_channels * size.num_frames * size.height * size.width
+    text = size.num_scenes * size.text_length * config.text_dim
+    frames = vae.out_ch * vae.temporal_window * vae.temporal_factor * model.height * model.width
+    values = {
+        "text_encoder": text // size.num_scenes,
+        "transformer": batch * (2 * latents + text),
+        "vae_decoder": 2 * frames,  # as floats, and again on the way to bytes
+    }
+    return {name: FLOAT32 * count for name, count in values.items()}

@@ -1,0 +1,198 @@
+"""What `ttt-video plan` prints: a table of components, one of settings, the verdict, and the commands to type."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+
+from msgspec.structs import replace
+
+from ttt_video_engine.planning.fit import MORE_RAM, Candidate, Fit, MemorySettings, Stored
+from ttt_video_engine.runtime.bundle import Bundle, transformer_graph_name
+from ttt_video_engine.runtime.config import ModelConfig
+from ttt_video_engine.runtime.presets import PRESETS
+from ttt_video_engine.runtime.settings import Settings
+
+GPU_NOTE = """\
+GPU figures are estimates: none has been measured on a GPU. Components are in memory one at a time.
+Disk is for weights and, with TensorRT, the plans of one GPU architecture."""
+CPU_NOTE = """\
+RAM figures are estimates, within 15% of what was measured for tiny and debug on a CPU, at one
+component at a time. ONNX Runtime computes in float32 there: float16 saves disk, not memory."""
+_PLACEHOLDERS = ("CHECKPOINT", "ARCH", "FILE")
+_FILL_IN = "In capitals: what is yours to fill in. ARCH is the GPU architecture that ttt-video devices shows."
+_COLUMNS = 96
+_DEFAULT_STEPS = Settings().num_steps
+
+
+def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]) -> Iterator[str]:
+    """Lines of at most 100 columns, commands aside."""
+    model, asked = found.model, found.asked
+    size = model.clip_size(asked.length)
+    tokens, frames = size.num_tokens(model.transformer.patch_size), model.num_video_frames(size)
+    yield f"{model.name}, TTT-{model.transformer.ttt}, {model.width}x{model.height}, {asked.dtype}, {found.engine}"
+    scenes = f"{size.num_scenes} scene{'s' if size.num_scenes > 1 else ''}"
+    yield f"{asked.length}: {scenes}, {tokens:,} tokens, {frames:,} frames, {found.num_steps} steps"
+    yield ""
+    yield from _table(_component_rows(found))
+    yield ""
+    yield f"one denoising step: {tera(found.flops_per_step)} TFLOP, both branches of guidance"
+    yield f"the whole video:    {tera(found.flops_per_video)} TFLOP"
+    if found.engine == "tensorrt":
+        yield from wrap(f"building the plans: {building(found)}", _COLUMNS)
+    yield ""
+    yield from _table(_candidate_rows(found))
+    yield ""
+    yield from wrap(verdict(found), _COLUMNS)
+    for name, stored in checkpoint.items():
+        yield f"checkpoint, {name}: {stored.parameters:,} parameters, {gib(stored.size)}"
+    if commands:
+        yield ""
+        for command in commands:
+            yield from _wrapped(command)
+        if any(name in command for command in commands for name in _PLACEHOLDERS):
+            yield ""
+            yield _FILL_IN
+    yield ""
+    yield GPU_NOTE if found.engine == "tensorrt" else CPU_NOTE
+
+
+def verdict(found: Fit) -> str:
+    """One line: whether it fits, and with what."""
+    memory = "RAM" if found.engine == "onnxruntime" else "GPU memory"
+    first, chosen = found.candidates[0], found.chosen
+    if found.available is None:
+        cure = "this machine does not say what it has" if memory == "RAM" else "give --gpu-memory for a verdict"
+        return f"needs {gib(first.needed)} of {memory}, most of it for the {first.component}; {cure}"
+    room = f"{gib(found.available)} of {memory}"
+    if chosen is None:
+        least = min(found.candidates, key=lambda candidate: candidate.needed)
+        needs = f"at least {gib(least.needed)} for the {least.component}, with {describe(least.settings)}"
+        size = f"{found.model.width}x{found.model.height}"
+        return f"does not fit in {room}, whatever the settings: {size} needs {needs}"
+    if chosen.settings == found.asked:
+        return f"fits in {room} as asked: the {chosen.component} needs {gib(chosen.needed)}"
+    return f"does not fit in {room} as asked; fits with {describe(chosen.settings)}"
+
+
+def building(found: Fit) -> str:
+    """What TensorRT's build takes, and whether this machine has it."""
+    needs = {name: part.build_ram for name, part in found.components.items() if part.build_ram is not None}
+    largest = max(needs, key=lambda name: needs[name])
+    takes = f"{gib(needs[largest])} of RAM for the {largest}"
+    if found.ram_here is None:
+        return takes
+    free = f"{gib(found.ram_here)} are free here"
+    return f"{takes}, {free}" if needs[largest] <= found.ram_here else f"{takes}, but {free}: {MORE_RAM}"
+
+
+def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memory: str | None) -> list[str]:
+    """The export that is needed, if any, and the rendering, with the settings chosen, or else as asked.
+
+    `source` are the options of export that name the model.
+    """
+    if found.available is not None and found.chosen is None:
+        return []
+    settings = found.chosen.settings if found.chosen is not None else found.asked
+    tensorrt = found.engine == "tensorrt"
+    target = "BUNDLE" if bundle is None else str(bundle.root)
+    export = ["ttt-video", "export", *source, "--length", settings.length]
+    if settings.dtype != "float32":
+        export += ["--precision", settings.dtype]
+    if tensorrt:
+        export += ["--engine", "tensorrt", "--gpu", "ARCH"]
+    if settings.weight_streaming:
+        export += ["--weight-streaming"]
+    sample = ["ttt-video", "sample", "STORYBOARD", "--bundle", target]
+    if found.num_steps != _DEFAULT_STEPS:
+        sample += ["--num-steps", str(found.num_steps)]
+    if tensorrt:
+        sample += ["--engine", "tensorrt"]
+    if settings.weight_streaming and gpu_memory is not None:
+        sample += ["--gpu-memory", gpu_memory]
+    if settings.low_memory:
+        sample += ["--low-memory"]
+    exported = [] if bundle is not None and _has(bundle, settings, found) else [" ".join([*export, "--output", target])]
+    return [*exported, " ".join(sample)]
+
+
+def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | None = None) -> list[str]:
+    """The options of export that make this model."""
+    kind = model.transformer.ttt
+    named = PRESETS[model.name](kind) if model.name in PRESETS else None
+    if named is None or replace(named, width=model.width, height=model.height) != model:
+        return ["--config", str(config or "FILE"), "--checkpoint", str(checkpoint or "CHECKPOINT")]
+    options = ["--preset", model.name, "--ttt", kind]
+    for name in ("width", "height"):
+        if getattr(model, name) != getattr(named, name):
+            options += [f"--{name}", str(getattr(model, name))]
+    if checkpoint is not None or model.name == "5B":
+        options += ["--checkpoint", str(checkpoint or "CHECKPOINT")]
+    return options
+
+
+def describe(settings: MemorySettings) -> str:
+    """The settings of a settings as options."""
+    options = [f"--length {settings.length}", f"--precision {settings.dtype}"]
+    options += ["--low-memory"] * settings.low_memory + ["--weight-streaming"] * settings.weight_streaming
+    return " ".join(options)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.1f} MiB"
+
+
+def tera(flops: int) -> str:
+    return f"{flops / 1e12:,.3g}" if flops < 1e14 else f"{flops / 1e12:,.0f}"
+
+
+def _has(bundle: Bundle, settings: MemorySettings, found: Fit) -> bool:
+    """Whether a bundle renders with this settings as it is. Plans depend on a GPU that is not known here."""
+    manifest = bundle.manifest
+    return found.engine == "onnxruntime" and transformer_graph_name(settings.length) in manifest.graphs
+
+
+def _component_rows(found: Fit) -> Iterator[list[str]]:
+    gpu = ["GPU", "weights", "activations"] if found.engine == "tensorrt" else []
+    yield ["component", "parameters", "disk", "RAM", *gpu, "TFLOP a video"]
+    for name, part in found.components.items():
+        memory = [] if part.gpu is None else [gib(part.gpu.total), gib(part.gpu.weights), gib(part.gpu.activations)]
+        yield [name, f"{part.parameters:,}", gib(part.disk), gib(part.ram), *memory, tera(part.flops)]
+    parts = found.components.values()
+    peak = [] if not gpu else [gib(max(part.gpu.total for part in parts if part.gpu is not None)), "", ""]
+    total = [f"{sum(part.parameters for part in parts):,}", gib(sum(part.disk for part in parts))]
+    yield ["all, in turn", *total, gib(max(part.ram for part in parts)), *peak, tera(found.flops_per_video)]
+
+
+def _candidate_rows(found: Fit) -> Iterator[list[str]]:
+    """Every setting for the length asked for, and the last one tried."""
+    tensorrt = found.engine == "tensorrt"
+    yield ["settings", *(["GPU", "RAM"] if tensorrt else ["RAM"]), "most for", "fits"]
+    for candidate in found.candidates:
+        if candidate.settings.length == found.asked.length or candidate == found.candidates[-1]:
+            sizes = [gib(candidate.needed), gib(candidate.ram)] if tensorrt else [gib(candidate.ram)]
+            yield [describe(candidate.settings), *sizes, candidate.component, _answer(candidate)]
+
+
+def _answer(candidate: Candidate) -> str:
+    return {True: "yes", False: "no", None: "?"}[candidate.fits]
+
+
+def _wrapped(command: str) -> Iterator[str]:
+    """A command over as many lines as it takes, for a shell to read as one; breaks only before options."""
+    first, *options = command.split(" --")
+    line = f"  {first}"
+    for option in options:
+        if len(line) + len(option) + 5 > _COLUMNS:
+            yield f"{line} \\"
+            line = "     "
+        line += f" --{option}"
+    yield line
+
+
+def _table(rows: Iterator[list[str]]) -> Iterator[str]:
+    """The first column to the left, the others to the right."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *rest in cells:
+        aligned = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *aligned]).rstrip()

@@ -1,0 +1,91 @@
+"""Checkpoints under the names of the reference, and whether they fit its modules."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ttt_video_engine.reference.checkpoints.cogvideox import (
+    cogvideox_transformer,
+    cogvideox_vae_decoder,
+    is_cogvideox_transformer,
+    is_cogvideox_vae,
+)
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor
+from ttt_video_engine.runtime.config import TTTKind, VaeConfig
+from ttt_video_engine.runtime.errors import CheckpointError
+
+_LISTED = 5
+
+
+def transformer_weights(state: LazyStateDict) -> LazyStateDict:
+    """Names of the public code without their `dit.` prefix; those of Hugging Face's CogVideoX translated."""
+    if is_cogvideox_transformer(state):
+        return cogvideox_transformer(state)
+    return {name.removeprefix("dit."): value for name, value in state.items()}
+
+
+def is_ttt(name: str) -> bool:
+    """Whether a weight belongs to a TTT layer or its gates."""
+    return "seq_modeling_block.ssm." in name or "_ssm_gating_" in name
+
+
+def ttt_kind(state: LazyStateDict) -> TTTKind | None:
+    """The inner model of a transformer's TTT layers, of which an MLP alone has a second layer; None without any."""
+    weights = {name.rpartition(".ssm.ttt.")[2] for name in state}
+    return "mlp" if "W2" in weights else "linear" if "W1" in weights else None
+
+
+def vae_weights(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
+    """The decoder's part of `3d-vae.pt` without its `decoder.` prefix, or of Hugging Face's VAE translated."""
+    if is_cogvideox_vae(state):
+        return cogvideox_vae_decoder(state, config)
+    return {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
+
+
+def text_encoder_weights(state: LazyStateDict, *, vocab_size: int) -> LazyStateDict:
+    """The encoder's part of a T5, its embeddings cut to `vocab_size` rows: the last two become the scene tokens."""
+    encoder = {name: value for name, value in state.items() if name.startswith(("shared.", "encoder."))}
+    embeddings = encoder.pop("shared.weight", encoder.get("encoder.embed_tokens.weight"))
+    if embeddings is None or embeddings.shape[0] < vocab_size:
+        rows = 0 if embeddings is None else embeddings.shape[0]
+        raise CheckpointError(f"T5 embeddings (shared.weight) have {rows} rows; must be at least {vocab_size}")
+    cut = replace(embeddings, shape=(vocab_size, *embeddings.shape[1:]), read=partial(_rows, embeddings, vocab_size))
+    encoder["encoder.embed_tokens.weight"] = encoder["shared.weight"] = cut
+    return {f"t5.{name}": value for name, value in encoder.items()}
+
+
+def _rows(stored: LazyTensor, count: int) -> Tensor:
+    return stored.read()[:count]
+
+
+def check_fit(state: LazyStateDict, module: nn.Module, source: Path) -> None:
+    """Raises CheckpointError listing names that are missing, unexpected, misshapen or no floating-point numbers."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    problems = [
+        _listing("missing", [name for name in expected if name not in state]),
+        _listing("unexpected", [name for name in state if name not in expected]),
+        _listing(
+            "misshapen",
+            [
+                f"{name} {list(state[name].shape)} (must be {list(shape)})"
+                for name, shape in expected.items()
+                if name in state and state[name].shape != shape
+            ],
+        ),
+        _listing(
+            "of a wrong dtype",
+            [f"{name} {stored.dtype}" for name, stored in state.items() if not stored.dtype.is_floating_point],
+        ),
+    ]
+    if any(problems):
+        found = "; ".join(problem for problem in problems if problem)
+        raise CheckpointError(f"{source}: does not fit the model: {found}; check --preset or --config")
+
+
+def _listing(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:_LISTED])}{rest}"

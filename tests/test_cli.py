@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import ERROR, GUIDANCE_SCALE, TRACE, column, holds, last_refusal, line, names, refusal, scene, video
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ttt_video_engine.export.parity.recordings import TOLERANCE
 from ttt_video_engine.runtime.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
@@ -34,14 +36,6 @@ def edit(bundle: Path, change: Callable[[Manifest], object]) -> None:
     (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 
-def error_line(result: tuple[int, str, str]) -> str:
-    """What a command said that ended for wrong input: nothing but one line on standard error."""
-    code, out, err = result
-    assert (code, out) == (2, ""), err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    return err.removeprefix("error: ").rstrip("\n")
-
-
 @pytest.fixture
 def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs `sample`, which must refuse and write nothing, and gives its message."""
@@ -51,7 +45,7 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
         out = tmp_path / "out"
         result = run("sample", board, "--bundle", bundle or shared_bundle, "--output-dir", out, *options)
         assert not out.exists()
-        return error_line(result)
+        return refusal(result)
 
     return refuse
 
@@ -60,113 +54,113 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("content", "values"),
     [
-        ('[{"text": "a"', "bear.json: line 1, column 14: not JSON ("),
-        ("a bear", "bear.json: line 1, column 1: not JSON ("),
-        ("", "bear.json: the file is empty"),
-        ({"text": "a"}, "bear.json: top level is an object; a video is a list of scenes"),
-        ([], "bear.json: found an empty list"),
-        ([{"neg_text": "a"}], "bear.json: scene 1, text: missing"),
-        ([{"text": " "}], 'bear.json: scene 1, text: found " "'),
-        ([{"text": "a", "txt": "b"}], 'bear.json: scene 1: unknown field "txt"; did you mean text?'),
-        ([{"text": "a"}] * 2, "bear.json: 2 scenes, but the bundle renders 1 (3s) or 3 (9s)"),
-        ([{"text": "a"}] * 6, "add or remove scenes, or export the bundle with `export --length 18s`"),
-        ([[{"text": "a"}], [{"text": "b"}] * 2], "bear.json: video 2: 2 scenes, but"),
+        ('[{"text": "a"', (line(1), column(14))),
+        ("a bear", (line(1), column(1))),
+        ("", ()),
+        ({"text": "a"}, ("object",)),
+        ([], ("list",)),
+        ([{"neg_text": "a"}], (scene(1), "text")),
+        ([{"text": " "}], (scene(1), "text", '" "')),
+        ([{"text": "a", "txt": "b"}], (scene(1), "txt", "text")),
+        ([{"text": "a"}] * 2, (2, 1, "3s", 3, "9s")),
+        ([{"text": "a"}] * 6, (6, "3s", "9s", "export", "--length 18s")),
+        ([[{"text": "a"}], [{"text": "b"}] * 2], (video(2), 2, "3s", "9s")),
     ],
 )
 def test_a_storyboard_that_cannot_be_rendered_is_refused(
-    refused: Callable[..., str], tmp_path: Path, content: object, expected: str
+    refused: Callable[..., str], tmp_path: Path, content: object, values: tuple[object, ...]
 ) -> None:
-    assert expected in refused(storyboard(tmp_path, content))
+    names(refused(storyboard(tmp_path, content)), "bear.json", *values)
 
 
 def test_one_bad_line_stops_all_videos_of_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
     lines = ['[{"text": "a"}]', '[{"text": "b"}]', '[{"text": }]']
     found = refused(storyboard(tmp_path, "\n".join(lines), "many.jsonl"))
-    assert "many.jsonl: video 3, line 3, column 11: not JSON" in found
+    names(found, "many.jsonl", video(3), line(3), column(11))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("absent.json", "cannot be read (No such file"), (".", "is a folder")])
-def test_a_storyboard_that_is_not_there(refused: Callable[..., str], tmp_path: Path, name: str, expected: str) -> None:
-    assert expected in refused(tmp_path / name)
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_a_storyboard_that_is_not_there(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
+    names(refused(tmp_path / name), tmp_path / name)
 
 
 # Options
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "expected"),
+    ("option", "value", "values"),
     [
-        ("--num-steps", 0, "num_steps is 0: must lie in 1 … 1000"),
-        ("--num-steps", 1001, "num_steps is 1001: must lie in 1 … 1000"),
-        ("--guidance-scale", 0.5, "guidance scale is 0.5: must lie in 1 … 100"),
-        ("--guidance-scale", 100.5, "guidance scale is 100.5: must lie in 1 … 100"),
-        ("--guidance-scale", "nan", "guidance scale is nan: must lie in"),
-        ("--fps", 0, "fps is 0.0: must lie in 1 … 240"),
-        ("--fps", 241, "fps is 241.0: must lie in 1 … 240"),
-        ("--length", "9s", "bear.json: has 1 scenes, a 9s video has 3; change the scenes or --length"),
+        ("--num-steps", 0, ("num_steps", 0, 1, 1000)),
+        ("--num-steps", 1001, ("num_steps", 1001, 1, 1000)),
+        ("--guidance-scale", 0.5, (GUIDANCE_SCALE, 0.5, 1, 100)),
+        ("--guidance-scale", 100.5, (GUIDANCE_SCALE, 100.5, 1, 100)),
+        ("--guidance-scale", "nan", (GUIDANCE_SCALE, float("nan"), 1, 100)),
+        ("--fps", 0, ("fps", 0, 1, 240)),
+        ("--fps", 241, ("fps", 241, 1, 240)),
+        ("--length", "9s", ("bear.json", 1, "9s", 3, "--length")),
     ],
 )
 def test_options_out_of_range_are_refused(
-    refused: Callable[..., str], option: str, value: object, expected: str
+    refused: Callable[..., str], option: str, value: object, values: tuple[object, ...]
 ) -> None:
-    assert expected in refused(None, option, value)
+    names(refused(None, option, value), *values)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "values"),
     [
-        (("--seed", "-1"), "Invalid value for '--seed': Input should be greater than or equal to 0"),
-        (("--guidance", "fixed"), "Invalid value for '--guidance': Value error, 'fixed' is not one of"),
-        (("--steps", "4"), "No such option: --steps"),
-        (("--num-steps",), "Option '--num-steps' requires an argument."),
+        (("--seed", "-1"), ("--seed", 0)),
+        (("--guidance", "fixed"), ("--guidance", "fixed")),
+        (("--steps", "4"), ("--steps",)),
+        (("--num-steps",), ("--num-steps",)),
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_refused(
-    refused: Callable[..., str], options: tuple[str, ...], expected: str
+    refused: Callable[..., str], options: tuple[str, ...], values: tuple[object, ...]
 ) -> None:
-    assert expected in refused(None, *options)
+    names(refused(None, *options), *values)
 
 
 def test_a_video_that_exists_is_not_replaced_unasked(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
     many = storyboard(tmp_path, [[{"text": "a"}], [{"text": "b"}]], "many.json")
-    video = tmp_path / "out/many-002/video.mp4"
-    video.parent.mkdir(parents=True)
-    video.write_bytes(b"the video before")
-    found = error_line(run("sample", many, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
-    assert found == f"{video}: exists; use --overwrite or another --output-dir"
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [video]
-    assert video.read_bytes() == b"the video before"
+    made = tmp_path / "out/many-002/video.mp4"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"the video before")
+    found = refusal(run("sample", many, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
+    names(found, made, "--overwrite", "--output-dir")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [made]
+    assert made.read_bytes() == b"the video before"
 
 
 def test_an_output_folder_that_is_a_file_is_refused_before_the_first_step(
     run: Run, shared_bundle: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").write_text("mine")
-    found = error_line(run("sample", storyboard(tmp_path), "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
-    assert found == f"{tmp_path / 'out'}: {tmp_path / 'out'} is not a folder that can be written; choose another"
+    found = refusal(run("sample", storyboard(tmp_path), "--bundle", shared_bundle, "--output-dir", tmp_path / "out"))
+    names(found, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "values"),
     [
-        (("--width", 100), "width is 100: must be a multiple of 16 (patch 2 x VAE 8), such as 96"),
-        (("--height", 63), "height is 63: must be a multiple of 16"),
-        (("--width", -96), "width is -96: must be a multiple of 16"),
-        (("--width", 0), "width is 0: must be a multiple of 16"),
-        (("--width", 112), "tokens of a 3s video is 500: must be a multiple of mini_batch_size 16"),
-        (("--preset", "huge"), "preset is 'huge': must be one of tiny, debug, 5B"),
-        (("--preset", "5B"), "preset is '5B': has no weights of its own; give --checkpoint"),
-        (("--config", "absent.toml"), "absent.toml: cannot be read (No such file or directory)"),
-        (("--checkpoint", "absent"), "absent: is no folder"),
+        (("--width", 100), ("width", 100, 16, 2, 8, 96)),
+        (("--height", 63), ("height", 63, 16)),
+        (("--width", -96), ("width", -96, 16)),
+        (("--width", 0), ("width", 0, 16)),
+        (("--width", 112), ("3s", 500, "mini_batch_size", 16)),
+        (("--preset", "huge"), ("preset", "huge", "tiny", "debug", "5B")),
+        (("--preset", "5B"), ("preset", "5B", "--checkpoint")),
+        (("--config", "absent.toml"), ("absent.toml",)),
+        (("--checkpoint", "absent"), ("absent",)),
     ],
 )
 def test_an_export_that_cannot_be_made_is_refused(
-    run: Run, tmp_path: Path, options: tuple[object, ...], expected: str
+    run: Run, tmp_path: Path, options: tuple[object, ...], values: tuple[object, ...]
 ) -> None:
-    assert expected in error_line(run("export", "--output", tmp_path / "bundle", *options))
+    names(refusal(run("export", "--output", tmp_path / "bundle", *options)), *values)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,8 +170,8 @@ def test_an_export_that_cannot_be_made_is_refused(
 @pytest.mark.parametrize("command", ["sample", "inspect"])
 def test_a_bundle_that_is_not_there(run: Run, refused: Callable[..., str], tmp_path: Path, command: str) -> None:
     folder = tmp_path / "absent"
-    found = refused(bundle=folder) if command == "sample" else error_line(run("inspect", folder))
-    assert found == f"{folder}: is not a bundle (bundle.json is missing); make one with ttt-video export"
+    found = refused(bundle=folder) if command == "sample" else refusal(run("inspect", folder))
+    names(found, folder, "bundle.json", "ttt-video export")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_a_bundle_that_is_not_there(run: Run, refused: Callable[..., str], tmp_p
 )
 def test_a_missing_file_is_named(refused: Callable[..., str], bundle: Path, name: str) -> None:
     (bundle / name).unlink()
-    assert refused(bundle=bundle) == f"{bundle}: {name} is missing; export the bundle again"
+    names(refused(bundle=bundle), bundle, name, "export")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +191,7 @@ def test_a_changed_file_is_named(refused: Callable[..., str], bundle: Path, name
     if damage == "changed":
         content[len(content) // 2] ^= 1
     (bundle / name).write_bytes({"changed": content, "cut": content[:-1], "longer": content + b" "}[damage])
-    assert refused(bundle=bundle) == f"{bundle}: {name} has changed since the export; export the bundle again"
+    names(refused(bundle=bundle), bundle, name, "export")
 
 
 def lead_out(manifest: Manifest, name: str) -> None:
@@ -211,42 +205,38 @@ def other_text_length(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "values"),
     [
-        (lambda m: m.update(format_version=3), "bundle.json: format_version is 3, this program reads up to 2; update"),
-        (lambda m: m.update(format_version="new"), "Expected `int`, got `str` - at `$.format_version`"),
-        (lambda m: m.pop("dtype"), "bundle.json: Object missing required field `dtype`"),
-        (lambda m: m.update(surprise=1), "bundle.json: Object contains unknown field `surprise`"),
-        (lambda m: m["graphs"].pop("vae_decoder-next"), "graphs: vae_decoder-next is missing"),
-        (lambda m: m.update(lengths=[]), "lengths: is empty"),
-        (lambda m: m["lengths"].append("18s"), "graphs: transformer-18s is missing"),
-        (lambda m: m["lengths"].append("7s"), "lengths: '7s' is unknown"),
-        (lambda m: m["files"].pop("tokenizer/tokenizer.json"), "'tokenizer/tokenizer.json' is used but not listed"),
-        (lambda m: lead_out(m, "../model.onnx"), "files: '../model.onnx' leads out of the bundle"),
-        (lambda m: lead_out(m, "transformer/../../model.onnx"), "leads out of the bundle"),
-        (lambda m: lead_out(m, "/etc/hostname"), "files: '/etc/hostname' leads out of the bundle"),
-        (lambda m: m["model"].update(width=97), "width is 97: must be a multiple of 16"),
-        (
-            lambda m: m["model"].update(width=288),
-            "graphs.transformer-3s: takes latents float32['batch', 13, 16, 8, 12]",
-        ),
-        (other_text_length, "graphs.transformer-3s: takes text float32['batch', 1, 136, 64], the model calls for"),
-        (lambda m: m["graphs"]["transformer-3s"]["inputs"].pop(), "graphs.transformer-3s: takes no timestep"),
-        (lambda m: m["model"]["vae"].update(temporal_window=3), "graphs.vae_decoder-first: takes latents"),
-        (lambda m: m["model"]["transformer"].update(num_heads=3), "num_heads is 3: must divide model_dim 64"),
+        (lambda m: m.update(format_version=3), ("format_version", 3, 2)),
+        (lambda m: m.update(format_version="new"), ("format_version",)),
+        (lambda m: m.pop("dtype"), ("dtype",)),
+        (lambda m: m.update(surprise=1), ("surprise",)),
+        (lambda m: m["graphs"].pop("vae_decoder-next"), ("graphs", "vae_decoder-next")),
+        (lambda m: m.update(lengths=[]), ("lengths",)),
+        (lambda m: m["lengths"].append("18s"), ("graphs", "transformer-18s")),
+        (lambda m: m["lengths"].append("7s"), ("lengths", "7s")),
+        (lambda m: m["files"].pop("tokenizer/tokenizer.json"), ("files", "tokenizer/tokenizer.json")),
+        (lambda m: lead_out(m, "../model.onnx"), ("files", "../model.onnx")),
+        (lambda m: lead_out(m, "transformer/../../model.onnx"), ("files", "transformer/../../model.onnx")),
+        (lambda m: lead_out(m, "/etc/hostname"), ("files", "/etc/hostname")),
+        (lambda m: m["model"].update(width=97), ("width", 97, 16)),
+        (lambda m: m["model"].update(width=288), ("graphs.transformer-3s", "latents", "['batch', 13, 16, 8, 12]")),
+        (other_text_length, ("graphs.transformer-3s", "text", "['batch', 1, 136, 64]", "['batch', 1, 152, 64]")),
+        (lambda m: m["graphs"]["transformer-3s"]["inputs"].pop(), ("graphs.transformer-3s", "timestep")),
+        (lambda m: m["model"]["vae"].update(temporal_window=3), ("graphs.vae_decoder-first", "latents")),
+        (lambda m: m["model"]["transformer"].update(num_heads=3), ("num_heads", 3, "model_dim", 64)),
     ],
 )
 def test_a_manifest_that_does_not_hold_together_is_refused(
-    refused: Callable[..., str], bundle: Path, change: Callable[[Manifest], object], expected: str
+    refused: Callable[..., str], bundle: Path, change: Callable[[Manifest], object], values: tuple[object, ...]
 ) -> None:
     edit(bundle, change)
-    found = refused(bundle=bundle)
-    assert found.startswith(f"{bundle / 'bundle.json'}: ") and expected in found
+    names(refused(bundle=bundle), bundle / "bundle.json", *values)
 
 
 def test_a_manifest_that_is_no_json_is_refused(refused: Callable[..., str], bundle: Path) -> None:
     (bundle / "bundle.json").write_text('{"format_version": 1')
-    assert refused(bundle=bundle).startswith(f"{bundle / 'bundle.json'}: Input data was truncated")
+    names(refused(bundle=bundle), bundle / "bundle.json")
 
 
 def swap(bundle: Path, one: str, other: str) -> None:
@@ -262,17 +252,13 @@ def test_graphs_that_changed_places_are_not_run(run: Run, bundle: Path, tmp_path
     swap(bundle, "transformer/model-3s.onnx", "transformer/model-9s.onnx")
     code, out, err = run("sample", storyboard(tmp_path), "--bundle", bundle, "--output-dir", tmp_path / "out")
     assert (code, out) == (2, "") and not (tmp_path / "out").exists()
-    (found,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert err.endswith(found + "\n") and "Traceback" not in err
-    assert (
-        f"{bundle / 'transformer/model-3s.onnx'}: the bundle promises latents float32['batch', 13, 16, 8, 12]" in found
-    )
+    names(last_refusal(err), bundle / "transformer/model-3s.onnx", "latents", "['batch', 13, 16, 8, 12]")
 
 
 def test_debug_shows_the_trace(run: Run, tmp_path: Path) -> None:
     code, _, err = run("inspect", tmp_path, "--debug")
-    assert code == 2 and "Traceback (most recent call last)" in err
-    assert err.splitlines()[-1].startswith("error: ")
+    assert code == 2 and TRACE in err
+    assert err.splitlines()[-1].startswith(ERROR)
 
 
 # Other commands
@@ -293,7 +279,8 @@ def test_parity_passes_what_agrees(run: Run, tmp_path: Path) -> None:
     folder = recordings(tmp_path / "golden", wrong_by=0)
     code, out, err = run("parity", "--golden", folder)
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["recording", "op_ttt_linear.safetensors"]
+    _, *rows = out.splitlines()
+    assert [row.split()[0] for row in rows] == ["op_ttt_linear.safetensors"]
     code, out, err = run("parity", "--golden", folder, "--json")
     (row,) = json.loads(out)
     assert (code, err) == (0, "")
@@ -304,7 +291,8 @@ def test_parity_passes_what_agrees(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_parity_fails_what_does_not_agree(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
     code, out, err = run("parity", "--golden", recordings(tmp_path / "golden", wrong_by=0.01), *options)
-    assert (code, err) == (1, "error: 1 of 1 over 1e-04: op_ttt_linear.safetensors\n")
+    assert code == 1 and err.startswith(ERROR)
+    names(err, 1, TOLERANCE, "op_ttt_linear.safetensors")
     if options:
         assert json.loads(out)[0]["onnx_error"] == pytest.approx(0.01, rel=1e-2)
 
@@ -314,7 +302,8 @@ def test_parity_names_what_is_damaged(run: Run, tmp_path: Path) -> None:
     path = folder / "op_ttt_linear.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     code, _, err = run("parity", "--golden", folder)
-    assert code == 2 and err.startswith(f"error: {path}: cannot be read (") and err.count("\n") == 1
+    assert code == 2 and err.startswith(ERROR)
+    names(err, path)
 
 
 def test_inspect_prints_the_manifest(run: Run, shared_bundle: Path) -> None:
@@ -323,8 +312,9 @@ def test_inspect_prints_the_manifest(run: Run, shared_bundle: Path) -> None:
     assert json.loads(out)["manifest"] == json.loads((shared_bundle / "bundle.json").read_bytes())
     code, out, err = run("inspect", shared_bundle)
     assert (code, err) == (0, "")
-    assert "tiny, TTT-linear, float32" in out and "96x64, lengths 3s, 9s" in out
-    assert "takes latents float32['batch', 37, 16, 8, 12]; text float32['batch', 3, 152, 64]" in out
+    for value in ("tiny", "TTT-linear", "float32", "96x64", "3s", "9s"):
+        assert holds(out, value)
+    assert "latents float32['batch', 37, 16, 8, 12]" in out and "text float32['batch', 3, 152, 64]" in out
 
 
 def test_inspect_names_a_changed_file(run: Run, bundle: Path) -> None:
@@ -332,7 +322,7 @@ def test_inspect_names_a_changed_file(run: Run, bundle: Path) -> None:
     with (bundle / "vae_decoder/next.onnx").open("ab") as file:
         file.write(b"\0")
     assert sha256_of(bundle / "vae_decoder/next.onnx") != digest
-    assert "vae_decoder/next.onnx has changed" in error_line(run("inspect", bundle))
+    names(refusal(run("inspect", bundle)), bundle, "vae_decoder/next.onnx")
 
 
 def test_both_ways_to_start_print_the_same_help() -> None:

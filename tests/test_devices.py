@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
+from messages import names, refusal
 
 from ttt_video_engine.engines.devices import survey
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, check_provider
@@ -49,9 +50,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = survey()
     load_package.cache_clear()
     reasons = {backend.name: backend.reason for backend in found.backends}
-    assert found.gpus == () and found.no_gpu.startswith("cuda-bindings is not installed; run: pip install ")
-    assert reasons["tensorrt"] == "tensorrt is not installed; run: pip install tensorrt"
-    assert reasons["tensorrt_rtx"].startswith("tensorrt_rtx is not installed; run: pip install tensorrt-rtx (or ")
+    assert found.gpus == ()
+    names(found.no_gpu, "cuda-bindings", "pip install 'ttt-video-engine[tensorrt]'")
+    names(reasons["tensorrt"], "tensorrt", "pip install tensorrt")
+    names(reasons["tensorrt_rtx"], "tensorrt_rtx", "pip install tensorrt-rtx")
     assert reasons["onnxruntime cpu"] == ""
 
 
@@ -76,12 +78,10 @@ def test_a_provider_that_is_not_there(
     board = tmp_path / "bear.json"
     board.write_text('[{"text": "A bear."}]')
     out = tmp_path / "out"
-    code, stdout, err = run("sample", board, "--bundle", shared_bundle, "--output-dir", out, "--provider", provider)
-    assert (code, stdout) == (2, "") and not out.exists()
-    assert err == (
-        f"error: --provider {provider}: this ONNX Runtime {ort.__version__} has no {missing}; "
-        "run: pip uninstall onnxruntime; pip install onnxruntime-gpu\n"
-    )
+    found = refusal(run("sample", board, "--bundle", shared_bundle, "--output-dir", out, "--provider", provider))
+    assert not out.exists()
+    names(found, f"--provider {provider}", ort.__version__, missing)
+    names(found, "pip uninstall onnxruntime", "pip install onnxruntime-gpu")
 
 
 def test_the_provider_that_was_asked_for_is_the_one_that_runs(shared_bundle: Path) -> None:
@@ -96,9 +96,9 @@ def test_bfloat16_is_not_for_onnx_runtime(run: Run, bundle: Path, tmp_path: Path
     with pytest.raises(BackendError) as raised:
         OnnxRuntimeLoader(open_bundle(bundle))
     found = str(raised.value)
-    assert found.startswith(f"{bundle}: is bfloat16, ") and "--engine tensorrt" in found and "--dtype float16" in found
+    names(found, bundle, "bfloat16", "--engine tensorrt", "--dtype float16")
 
     board = tmp_path / "bear.json"
     board.write_text('[{"text": "A bear."}]')
-    code, out, err = run("sample", board, "--bundle", bundle, "--output-dir", tmp_path / "out")
-    assert (code, out, err) == (2, "", f"error: {found}\n") and not (tmp_path / "out").exists()
+    assert refusal(run("sample", board, "--bundle", bundle, "--output-dir", tmp_path / "out")) == found
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,21 @@ import onnx
 import pytest
 import torch
 from formats import FORMATS, State, save_pickled
+from messages import (
+    CHANGED,
+    NEW,
+    NOTHING_CHANGED,
+    PARITY,
+    REBUILD,
+    UNCHANGED,
+    UP_TO_DATE,
+    WEIGHTS_WRITTEN,
+    holds,
+    names,
+    refused_with,
+    subjects,
+    where,
+)
 from safetensors.torch import save_file
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
@@ -120,11 +135,10 @@ def test_a_further_length_builds_its_graph_alone(
     shared_bundle: Path, digests: Digests, export_history: History
 ) -> None:
     first, (report, further) = export_history
-    assert [line for line in report if line.endswith(": new")] == [
-        f"{name}: new" for name in GRAPHS if name != "transformer-9s"
-    ]
-    built = [line for line in further if "parity" not in line]
-    assert sorted(built) == sorted(f"{name}: {'new' if '9s' in name else 'unchanged'}" for name in GRAPHS)
+    assert subjects(report, NEW) == [name for name in GRAPHS if name != "transformer-9s"]
+    assert subjects(further, NEW) == ["transformer-9s"]
+    assert sorted(subjects(further, UNCHANGED)) == sorted(name for name in GRAPHS if name != "transformer-9s")
+    assert len(further) == len(GRAPHS) + len(where(further, PARITY))
     after = digests(shared_bundle)
     assert {name for name in after if after[name] != first.get(name)} == {"transformer/model-9s.onnx", "bundle.json"}
     assert first.keys() < after.keys()
@@ -135,7 +149,8 @@ def test_exporting_again_builds_nothing_and_touches_nothing(bundle: Path, digest
     before, report = digests(bundle), list[str]()
     times = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
     export_bundle(SEEDED, bundle, lengths, "float32", report.append)
-    assert report == [*(f"{name}: unchanged" for name in GRAPHS), "nothing has changed"]
+    assert subjects(report[:-1], UNCHANGED) == GRAPHS and len(report) == len(GRAPHS) + 1
+    assert holds(report[-1], NOTHING_CHANGED)
     assert digests(bundle) == before
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == times
     assert os.listdir(bundle.parent) == ["bundle"]
@@ -145,11 +160,9 @@ def test_other_weights_build_their_component_again(bundle: Path, digests: Digest
     before, report = digests(bundle), list[str]()
     opened = export_bundle(OTHER, bundle, ["9s"], "float32", report.append)
     opened.verify()
-    reasons = {
-        name: line for name in GRAPHS for line in report if line.startswith(f"{name}: ") and "parity" not in line
-    }
-    assert reasons.pop("text_encoder").startswith("text_encoder: weights changed (")
-    assert reasons == {name: f"{name}: unchanged" for name in GRAPHS[1:]}
+    (reason,) = where(report, CHANGED)
+    names(reason, "text_encoder", "weights")
+    assert subjects(report, UNCHANGED) == GRAPHS[1:] and subjects(report, NEW) == []
     after = digests(bundle)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"text_encoder/model.onnx_data", "bundle.json"}, "the same graph with other weights"
@@ -161,28 +174,30 @@ def test_a_seed_changes_the_weights_of_every_component(bundle: Path) -> None:
     source = SeededSource(tiny("linear"), seed=1)
     for name, other in components_of(source).items():
         key = manifest.weight_keys[f"{name}/model.onnx_data"]
-        assert list(differences(key, weights_key(source.model, origin=other.origin, dtype="float32"))) == [
-            "origin changed (seed 0 → seed 1)"
-        ]
+        (difference,) = differences(key, weights_key(source.model, origin=other.origin, dtype="float32"))
+        names(difference, "origin", CHANGED, "seed 0", "seed 1")
         seeded = components_of(SEEDED)[name].weights
         assert any(not torch.equal(value.read(), other.weights[weight].read()) for weight, value in seeded.items())
 
 
 @pytest.mark.parametrize(
-    ("part", "expected"),
-    [("code", "code changed (0.0 → "), ("tool torch", f"tool torch changed (0.0 → {torch.__version__[:12]})")],
+    ("part", "values"),
+    [("code", (0.0,)), ("tool torch", (0.0, torch.__version__[:12]))],
 )
-def test_inspect_says_what_would_be_built_again(run: Run, bundle: Path, part: str, expected: str) -> None:
+def test_inspect_says_what_would_be_built_again(run: Run, bundle: Path, part: str, values: tuple[object, ...]) -> None:
     manifest = json.loads((bundle / "bundle.json").read_bytes())
     manifest["graphs"]["transformer-9s"]["key"][part] = "0.0"
     (bundle / "bundle.json").write_text(json.dumps(manifest))
     stale = stale_graphs(open_bundle(bundle))
     assert [name for name, reasons in stale.items() if reasons] == ["transformer-9s"]
-    assert len(stale["transformer-9s"]) == 1 and stale["transformer-9s"][0].startswith(expected)
+    (reason,) = stale["transformer-9s"]
+    names(reason, part, CHANGED, *values)
 
     code, out, _ = run("inspect", bundle)
     assert code == 0
-    assert out.count("rebuild: no, up to date") == 4 and f"rebuild: {expected}" in out
+    rebuilds = where(out.splitlines(), REBUILD)
+    assert len(where(rebuilds, UP_TO_DATE)) == 4 and len(rebuilds) == 5
+    assert [line for line in rebuilds if reason in line] == [line for line in rebuilds if not holds(line, UP_TO_DATE)]
     code, out, _ = run("inspect", bundle, "--json")
     assert code == 0 and json.loads(out) == {"manifest": manifest, "engines": {}, "rebuild": stale}
 
@@ -195,7 +210,7 @@ def test_over_tolerance_leaves_the_bundle_as_it_was(
 ) -> None:
     before = digests(bundle)
     monkeypatch.setitem(gate.TOLERANCES, "float32", 0.0)
-    with pytest.raises(CheckFailed, match=r"text_encoder: parity on .*: error .* is over 0e\+00; the bundle was left"):
+    with refused_with(CheckFailed, "text_encoder", PARITY, 0.0):
         export_bundle(OTHER, bundle, ["9s"], "float32", silent)
     assert digests(bundle) == before
     assert open_bundle(bundle).manifest.graphs.keys() == set(GRAPHS)
@@ -212,7 +227,7 @@ def test_over_tolerance_makes_no_bundle(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path: Path, digests: Digests) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_bytes(b"a cat")
-    with pytest.raises(OutputError, match="photos: exists and is not a bundle"):
+    with refused_with(OutputError, tmp_path / "photos"):
         export_bundle(SEEDED, tmp_path / "photos", ["3s"], "float32", silent)
     assert digests(tmp_path) == {"photos/cat.jpg": sha256_of(tmp_path / "photos/cat.jpg")}
 
@@ -223,7 +238,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(bundle: Path, digests: Dig
     shutil.copytree(bundle, bundle.with_name(".bundle.partial"))
     bundle.rename(bundle.with_name(".bundle.previous"))
     export_bundle(SEEDED, bundle, ["9s"], "float32", report.append)
-    assert report[-1] == "nothing has changed"
+    assert holds(report[-1], NOTHING_CHANGED)
     assert digests(bundle) == before
     assert os.listdir(bundle.parent) == ["bundle"]
 
@@ -265,10 +280,9 @@ def test_a_checkpoint_of_the_same_weights_is_the_same_bundle(
     source = CheckpointSource(tiny("linear"), checkpoint_folder(tmp_path / "checkpoint", FORMATS[name]))
     before, report = digests(bundle), list[str]()
     export_bundle(source, bundle, ["9s"], "float32", report.append)
-    written = [line for line in report if line.endswith("bytes of weights")]
-    assert [line.partition(":")[0] for line in written] == ["text_encoder", "transformer", "vae_decoder"]
-    unchanged = [f"{graph}: unchanged" for graph in GRAPHS]
-    assert [line for line in report if line not in written] == [*unchanged, "nothing has changed"]
+    assert subjects(report, WEIGHTS_WRITTEN) == ["text_encoder", "transformer", "vae_decoder"]
+    assert subjects(report, UNCHANGED) == GRAPHS and holds(report[-1], NOTHING_CHANGED)
+    assert len(report) == 3 + len(GRAPHS) + 1
     assert digests(bundle) == before
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import names, refused_with
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from ttt_video_engine.runtime.errors import CheckpointError, ConfigError, TTTVid
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"dit": "transformer", "op": "ttt scan", "vae": "vae decoder", "sampler": "sampler"}
+LAYER_0 = "param.layers.0.seq_modeling_block"
 Tensors = dict[str, Tensor]
 
 
@@ -29,7 +31,6 @@ def rewrite(name: str, folder: Path, change: Callable[[Tensors, dict[str, str]],
 def message(folder: Path, kind: type[TTTVideoError] = CheckpointError) -> str:
     with pytest.raises(kind) as raised:
         list(compare_recordings(folder))
-    assert "\n" not in str(raised.value)
     return str(raised.value)
 
 
@@ -99,9 +100,9 @@ def test_recordings_are_run_by_name_and_told_before_they_run(tmp_path: Path) -> 
 
 
 def test_a_folder_without_recordings_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors; give the folder"):
+    with refused_with(CheckpointError, tmp_path, ".safetensors"):
         compare_recordings(tmp_path)
-    with pytest.raises(CheckpointError, match="absent: is not a folder; give"):
+    with refused_with(CheckpointError, tmp_path / "absent"):
         compare_recordings(tmp_path / "absent")
 
 
@@ -109,13 +110,13 @@ def test_a_folder_without_recordings_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes((GOLDEN / "op_ttt_linear.safetensors").read_bytes()[:size])
-    assert message(tmp_path).startswith(f"{path}: cannot be read (")
+    names(message(tmp_path), path)
 
 
 def test_a_file_that_is_no_recording_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(2)}, path)
-    assert message(tmp_path).startswith(f"{path}: is no known recording (has none of output.velocity")
+    names(message(tmp_path), path, "output.velocity")
 
 
 def set_config(old: str, new: str) -> Callable[[Tensors, dict[str, str]], None]:
@@ -127,19 +128,20 @@ def set_config(old: str, new: str) -> Callable[[Tensors, dict[str, str]], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "expected"),
+    ("name", "old", "new", "values"),
     [
-        ("dit_linear_1scene", "ttt_linear", "ttt_cnn", "ssm_layer is 'ttt_cnn': must be one of ttt_linear, ttt_mlp"),
-        ("dit_linear_1scene", '"num_heads": 4', '"num_heads": 5', "num_heads is 5: must divide model_dim 64"),
-        ("dit_linear_1scene", '"num_heads": 4, ', "", "missing required field `num_heads`"),
-        ("sampler_dpmpp2m_sde_10", "VPSDEDPMPP2M", "Euler", "sampler is 'Euler': must be one of VPSDEDPMPP2M"),
-        ("sampler_dpmpp2m_sde_10", "0.6*tanh", "0.7*tanh", "must be one of v = 0.6*tanh(x)"),
+        ("dit_linear_1scene", "ttt_linear", "ttt_cnn", ("ssm_layer", "ttt_cnn", "ttt_linear", "ttt_mlp")),
+        ("dit_linear_1scene", '"num_heads": 4', '"num_heads": 5', ("num_heads", 5, "model_dim", 64)),
+        ("dit_linear_1scene", '"num_heads": 4, ', "", ("num_heads",)),
+        ("sampler_dpmpp2m_sde_10", "VPSDEDPMPP2M", "Euler", ("sampler", "Euler", "VPSDEDPMPP2M")),
+        ("sampler_dpmpp2m_sde_10", "0.6*tanh", "0.7*tanh", ("v = 0.7*tanh(x)", "v = 0.6*tanh(x)")),
     ],
 )
-def test_a_config_that_no_model_can_have_is_named(name: str, old: str, new: str, expected: str, tmp_path: Path) -> None:
+def test_a_config_that_no_model_can_have_is_named(
+    name: str, old: str, new: str, values: tuple[object, ...], tmp_path: Path
+) -> None:
     rewrite(f"{name}.safetensors", tmp_path, set_config(old, new))
-    found = message(tmp_path, ConfigError)
-    assert name in found and expected in found
+    names(message(tmp_path, ConfigError), tmp_path / f"{name}.safetensors", *values)
 
 
 def drop(key: str) -> Callable[[Tensors, dict[str, str]], None]:
@@ -151,26 +153,25 @@ def shorten(key: str) -> Callable[[Tensors, dict[str, str]], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "expected"),
+    ("name", "change", "values"),
     [
-        ("dit_mlp_1scene", set_config("{", "["), "metadata has no config in JSON"),
+        ("dit_mlp_1scene", set_config("{", "["), ("config",)),
         (
             "dit_mlp_1scene",
             set_config("ttt_mlp", "ttt_linear"),
-            "ssm.ttt.W1 is [4, 16, 64], the model wants [4, 16, 16]",
+            (f"{LAYER_0}.ssm.ttt.W1", "[4, 16, 64]", "[4, 16, 16]"),
         ),
-        ("dit_mlp_1scene", drop("param.time_embed.0.bias"), "time_embed.0.bias is none, the model wants [48]"),
-        ("dit_mlp_1scene", drop("input.text"), "input.text is missing"),
-        ("dit_mlp_1scene", shorten("input.video"), "12 latent frames do not make 1 segments of 12"),
-        ("op_ttt_mlp", drop("input.b2"), "input.b2 is missing"),
-        ("op_ttt_mlp", shorten("input.b1"), "inputs do not fit the model"),
-        ("op_ttt_mlp", shorten("output.XQW"), "output.XQW is [1, 3, 2, 64, 16], the model gives [1, 4, 2, 64, 16]"),
-        ("sampler_dpmpp2m_sde_10", shorten("input.noise"), "input.step_noise does not fit 10 steps"),
+        ("dit_mlp_1scene", drop("param.time_embed.0.bias"), ("param.time_embed.0.bias", "[48]")),
+        ("dit_mlp_1scene", drop("input.text"), ("input.text",)),
+        ("dit_mlp_1scene", shorten("input.video"), (12, 1)),
+        ("op_ttt_mlp", drop("input.b2"), ("input.b2",)),
+        ("op_ttt_mlp", shorten("input.b1"), ()),
+        ("op_ttt_mlp", shorten("output.XQW"), ("output.XQW", "[1, 3, 2, 64, 16]", "[1, 4, 2, 64, 16]")),
+        ("sampler_dpmpp2m_sde_10", shorten("input.noise"), ("input.step_noise", 10)),
     ],
 )
 def test_a_recording_that_does_not_fit_its_model_is_named(
-    name: str, change: Callable[[Tensors, dict[str, str]], None], expected: str, tmp_path: Path
+    name: str, change: Callable[[Tensors, dict[str, str]], None], values: tuple[object, ...], tmp_path: Path
 ) -> None:
     rewrite(f"{name}.safetensors", tmp_path, change)
-    found = message(tmp_path)
-    assert found.startswith(str(tmp_path / name)) and expected in found
+    names(message(tmp_path), tmp_path / f"{name}.safetensors", *values)

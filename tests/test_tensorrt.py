@@ -7,6 +7,23 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from messages import (
+    BUILT_BEFORE,
+    CHANGED,
+    DROPPED,
+    ENGINE_WRITTEN,
+    NEW,
+    NOTHING_CHANGED,
+    REBUILD,
+    UNCHANGED,
+    WARNING,
+    holds,
+    last_refusal,
+    names,
+    refusal,
+    refused_with,
+    where,
+)
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.kernels.cubin import read_cubin
@@ -109,7 +126,7 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
         assert latents == ShapeRange(min=(1, 13, 16, 8, 12), opt=(2, 13, 16, 8, 12), max=(2, 13, 16, 8, 12))
 
         entry = built(request(tmp_path, graph, dtype, gpu, scans=scans, plugins=False), tmp_path)
-        assert entry.plugins == {} and entry.fallback == "plugins were not asked for"
+        assert entry.plugins == {} and holds(entry.fallback, "plugins")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -128,7 +145,8 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
     odd = replace(model, transformer=transformer)
     graph = transformer_graph(SeededSource(odd, seed=0).transformer().load().half(), odd, "3s")
     entry = built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 48, count=2)), tmp_path)
-    assert entry.plugins == {} and entry.fallback == "kernels take heads of 16, 32, 64, 128, not 48"
+    assert entry.plugins == {}
+    names(entry.fallback, 48, 16, 32, 64, 128)
     assert not (tmp_path / KERNELS).exists()
 
 
@@ -136,11 +154,11 @@ def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
     model = tiny("linear")
     encoder = SeededSource(model, seed=0).text_encoder().load().half()
     graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
-    with pytest.raises(BackendError, match="made 0 plugin layers of 4 TTT nodes"):
+    with refused_with(BackendError, 0, 4, "TTT"):
         built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 16, count=4)), tmp_path)
     whole = request(tmp_path, graph, "float16", "sm_89")
     whole.onnx.write_bytes(whole.onnx.read_bytes()[:1000])
-    with pytest.raises(BackendError, match=r"model\.onnx: tensorrt_rtx cannot parse it"):
+    with refused_with(BackendError, whole.onnx, "tensorrt_rtx"):
         built(whole, tmp_path)
     assert not list(tmp_path.rglob("*.engine*"))
 
@@ -151,41 +169,46 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     def export(*options: object) -> list[str]:
         code, _, err = run("export", "--preset", "tiny", "--length", "3s", "--output", bundle, *options)
         assert code == 0, err
-        return [line for line in err.splitlines() if " for sm_" in line or line == "nothing has changed"]
+        return [line for line in err.splitlines() if " for sm_" in line or holds(line, NOTHING_CHANGED)]
 
     options = ("--precision", "bf16", "--engine", "tensorrt", "--gpu", "sm_89", "--gpu", "sm_120")
-    assert sum(line.endswith(": new") for line in export(*options)) == 8
+    assert len(where(export(*options), NEW)) == 8
     manifest = open_bundle(bundle).manifest
     built_engines = list_engines(bundle)
-    names = {(engine.entry.graph, engine.entry.gpu) for engine in built_engines}
-    assert names == {(graph, gpu) for graph in manifest.graphs for gpu in GPUS}
+    found = {(engine.entry.graph, engine.entry.gpu) for engine in built_engines}
+    assert found == {(graph, gpu) for graph in manifest.graphs for gpu in GPUS}
     assert {f"{FOLDER}/{engine.path.name}" for engine in built_engines} < set(manifest.files)
 
     before = {path.name: path.stat().st_ino for path in (bundle / FOLDER).glob("*.engine")}
-    assert export("--precision", "bf16") == ["nothing has changed"]
+    (said,) = export("--precision", "bf16")
+    assert holds(said, NOTHING_CHANGED)
     needs: list[dict[str, int]] = []
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "check_space", lambda target, needed: needs.append(needed))
-        assert export(*options)[-1] == "nothing has changed"
+        assert holds(export(*options)[-1], NOTHING_CHANGED)
     assert needs == [{"text_encoder": GRAPH_BYTES, "transformer": GRAPH_BYTES, "vae_decoder": 2 * GRAPH_BYTES}]
     lines = export(*options, "--no-plugin")
-    assert sum(line.endswith(": unchanged") for line in lines) == 6
-    assert sum("settings changed" in line for line in lines) == 2
+    assert len(where(lines, UNCHANGED)) == 6
+    assert [line.split()[0] for line in where(where(lines, CHANGED), "settings")] == ["transformer-3s"] * 2
     kept = [name for name, inode in before.items() if (bundle / FOLDER / name).stat().st_ino == inode]
     assert len(kept) == 6 and not any(name.startswith("transformer") for name in kept)
 
     code, out, err = run("inspect", bundle)
     assert (code, err) == (0, "")
-    assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: plugins were not asked for" in out
-    assert "profile latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and "changed" not in out
+    fallback = find_engine(bundle, "transformer-3s", "sm_89").entry.fallback
+    assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and fallback and fallback in out
+    assert "latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and not holds(out, CHANGED)
     other = built_engines[0]
     stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})
     entry_path(other.path).write_bytes(msgspec.json.encode(stale))
     code, out, _ = run("inspect", bundle)
-    assert code == 0 and "rebuild: package version changed (1.0 → 1.7" in out
+    (reason,) = where(where(out.splitlines(), REBUILD), CHANGED)
+    assert code == 0
+    names(reason, "package version", 1.0, other.entry.package_version)
 
     code, out, err = run("sample", storyboard(tmp_path), "--bundle", bundle, "--output-dir", tmp_path / "out")
-    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: ") and "bfloat16" in err
+    assert (code, out) == (2, "")
+    names(last_refusal(err), bundle, "bfloat16")
 
     lines = []
     files = {**manifest.files, "transformer/model-3s.onnx": FileEntry("0" * 64, 1)}
@@ -193,10 +216,8 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert build_engines(
         replace(manifest, files=files), tmp_path / "stage", bundle, (), BuildSettings(), lines.append, lambda *_: None
     )
-    assert lines == [
-        f"transformer-3s for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}"
-        for gpu in ("sm_120", "sm_89")
-    ]
+    for said, gpu in zip(lines, ("sm_120", "sm_89"), strict=True):
+        names(said, "transformer-3s", gpu, DROPPED, f"--gpu {gpu}")
     assert len(list_engines(tmp_path / "stage")) == 6
 
 
@@ -205,14 +226,14 @@ def test_engines_of_a_stopped_export_are_not_built_again(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     whole = open_bundle(bundle).manifest
-    names = ("text_encoder", "vae_decoder-first", "vae_decoder-next")
-    manifest = replace(whole, graphs={name: whole.graphs[name] for name in names})
+    graphs = ("text_encoder", "vae_decoder-first", "vae_decoder-next")
+    manifest = replace(whole, graphs={name: whole.graphs[name] for name in graphs})
     folder = bundle / FOLDER
 
     def build() -> list[str]:
         lines: list[str] = []
         assert build_engines(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
-        return [line for line in lines if "bytes in" not in line]
+        return [line for line in lines if not holds(line, ENGINE_WRITTEN)]
 
     def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
         if list(folder.glob("*.engine")):
@@ -227,8 +248,9 @@ def test_engines_of_a_stopped_export_are_not_built_again(
     if damaged:
         engine.write_bytes(engine.read_bytes()[:-1])
     time = engine.stat().st_mtime_ns
-    first = "new" if damaged else "was built before the export was stopped"
-    assert build() == [f"{names[0]} for sm_89: {first}", *(f"{name} for sm_89: new" for name in names[1:])]
+    lines = build()
+    for said, name, marker in zip(lines, graphs, (NEW if damaged else BUILT_BEFORE, NEW, NEW), strict=True):
+        names(said, name, "sm_89", marker)
     assert (engine.stat().st_mtime_ns == time) == (not damaged)
     assert len(list_engines(bundle)) == 3 and len(list(folder.iterdir())) == 6
 
@@ -243,48 +265,46 @@ def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypa
     manifest = open_bundle(shared_bundle).manifest
     with pytest.raises(KeyboardInterrupt):
         build_engines(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
-    assert lines == [
-        "text_encoder for sm_89: new",
-        "warning: text_encoder: TensorRT takes 513.5 MiB of RAM, 500.0 MiB are free here; "
-        "add swap, or export where there is more",
-    ]
+    said, warning = lines
+    names(said, "text_encoder", "sm_89", NEW)
+    assert warning.startswith(WARNING)
+    names(warning, "text_encoder", "513.5 MiB", "500.0 MiB")
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "values"),
     [
-        (("--engine", "tensorrt"), "--engine tensorrt and --gpu go together"),
-        (("--gpu", "sm_89"), "--engine tensorrt and --gpu go together"),
-        (("--engine", "tensorrt", "--gpu", "89"), "--gpu is '89': must be an architecture such as sm_80"),
-        (("--engine", "tensorrt", "--gpu", "sm_90"), "tensorrt is not installed; run: pip install tensorrt"),
+        (("--engine", "tensorrt"), ("--engine tensorrt", "--gpu")),
+        (("--gpu", "sm_89"), ("--engine tensorrt", "--gpu")),
+        (("--engine", "tensorrt", "--gpu", "89"), ("--gpu", "89", "sm_80")),
+        (("--engine", "tensorrt", "--gpu", "sm_90"), ("tensorrt", "pip install tensorrt")),
     ],
 )
 def test_an_architecture_that_cannot_be_built_for(
-    run: Run, tmp_path: Path, options: tuple[str, ...], expected: str
+    run: Run, tmp_path: Path, options: tuple[str, ...], values: tuple[object, ...]
 ) -> None:
-    code, out, err = run("export", "--output", tmp_path / "bundle", *options)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    names(refusal(run("export", "--output", tmp_path / "bundle", *options)), *values)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("position", "shape", "expected"),
+    ("position", "shape", "values"),
     [
-        (0, (2, 4, 28, 16), "XQ is [2, 4, 28, 16]; must be [B, H, NC, CS, F]"),
-        (2, (2, 4, 28, 16, 8), "XV is [2, 4, 28, 16, 8]; must be [2, 4, 28, 16, 16]"),
-        (3, (2, 4, 28, 1), "eta is [2, 4, 28, 1]; must be [2, 4, 28, 16]"),
-        (6, (2, 4, 16, 16), "W1 is [2, 4, 16, 16]; must be [4, 16, 16]"),
+        (0, (2, 4, 28, 16), ("XQ", "[B, H, NC, CS, F]")),
+        (2, (2, 4, 28, 16, 8), ("XV", [2, 4, 28, 16, 16])),
+        (3, (2, 4, 28, 1), ("eta", [2, 4, 28, 16])),
+        (6, (2, 4, 16, 16), ("W1", [4, 16, 16])),
     ],
 )
-def test_a_plugin_names_the_input_that_does_not_fit(position: int, shape: tuple[int, ...], expected: str) -> None:
+def test_a_plugin_names_the_input_that_does_not_fit(
+    position: int, shape: tuple[int, ...], values: tuple[object, ...]
+) -> None:
     clip = (2, 4, 28, 16, 16)
     shapes: list[tuple[int, ...]] = [clip, clip, clip, clip[:4], (4, 16), (4, 16), (4, 16, 16), (4, 1, 16)]
     check_shapes("linear", "layers.0", shapes)
     check_shapes("linear", "layers.0", [(-1, *shape[1:]) if len(shape) > 3 else shape for shape in shapes])
     shapes[position] = shape
-    with pytest.raises(BackendError) as error:
+    with refused_with(BackendError, "ai.ttt::TTTLinear", "layers.0", list(shape), *values):
         check_shapes("linear", "layers.0", shapes)
-    assert str(error.value) == f"ai.ttt::TTTLinear layers.0: {expected}"
-    with pytest.raises(BackendError, match="has 9 inputs; must have XQ, XK"):
+    with refused_with(BackendError, "ai.ttt::TTTLinear", "layers.0", 9, "XQ", "XK", "XV", "eta", "W1"):
         check_shapes("linear", "layers.0", [*shapes, (1,)])

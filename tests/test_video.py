@@ -14,6 +14,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from messages import numbers, refused_with
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
@@ -136,20 +137,20 @@ def test_the_name_appears_only_when_the_video_is_complete(tmp_path: Path) -> Non
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     # The kernel's own error: the place beside the target leads to the device that is always full.
     (tmp_path / f".video.mp4.{os.getpid()}.partial.mp4").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match=r"video\.mp4: the disk is full"):
+    with refused_with(OutputError, tmp_path / "video.mp4"):
         write(tmp_path / "video.mp4", *[moving(16)] * 8)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_frames_are_no_video(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="there are no frames"):
+    with refused_with(OutputError, tmp_path / "video.mp4"):
         write(tmp_path / "video.mp4")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("fps", [0, 0.5, -16, 240.5, float("nan"), float("inf")])
 def test_rates_out_of_range_are_refused(tmp_path: Path, fps: float) -> None:
-    with pytest.raises(ConfigError, match=r"fps is .* must lie in 1 … 240"):
+    with refused_with(ConfigError, "fps", fps, 1, 240):
         write(tmp_path / "video.mp4", moving(1), fps=fps)
 
 
@@ -160,13 +161,13 @@ def test_every_rate_in_range_is_kept_closely(fps: float) -> None:
 
 @pytest.mark.parametrize(("width", "height", "name"), [(95, 64, "width"), (96, 63, "height"), (0, 64, "width")])
 def test_sizes_that_h264_cannot_hold_are_refused(tmp_path: Path, width: int, height: int, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .* must be even"):
+    with refused_with(ConfigError, name, {"width": width, "height": height}[name]):
         write_mp4(tmp_path / "video.mp4", [], width=width, height=height, fps=16)
 
 
 @pytest.mark.parametrize("window", [moving(2, 64, 96), moving(2)[0], moving(2).astype(np.float32)])
 def test_windows_of_another_kind_are_refused(tmp_path: Path, window: Frames) -> None:
-    with pytest.raises(ConfigError, match=r"must be uint8 \[T, 64, 96, 3\]"):
+    with refused_with(ConfigError, list(window.shape), window.dtype, "[T, 64, 96, 3]"):
         write(tmp_path / "video.mp4", window)
     assert list(tmp_path.iterdir()) == []
 
@@ -187,9 +188,11 @@ def test_every_byte_comes_back(frames: Frames) -> None:
     assert_array_equal(to_frames(decoded), frames)
 
 
-@pytest.mark.parametrize(("value", "found"), [(np.nan, "1 NaN and 0"), (np.inf, "0 NaN and 1"), (-np.inf, "and 1")])
-def test_values_that_are_no_numbers_are_refused(value: float, found: str) -> None:
+@pytest.mark.parametrize(("value", "counts"), [(np.nan, [1, 0]), (np.inf, [0, 1]), (-np.inf, [0, 1])])
+def test_values_that_are_no_numbers_are_refused(value: float, counts: list[int]) -> None:
+    """How many are NaN and how many infinite is said, and of how many."""
     decoded = np.zeros((1, 3, 2, 4, 4), np.float32)
     decoded[0, 1, 1, 2, 3] = value
-    with pytest.raises(OutputError, match=f"have .*{found}"):
+    with refused_with(OutputError, "NaN", decoded.size) as caught:
         to_frames(decoded)
+    assert [number for number in numbers(str(caught.value)) if number in (0, 1)] == counts

@@ -35,7 +35,7 @@ WARNING = "warning: "
 TRACE = "Traceback (most recent call last)"
 
 _NUMBER = re.compile(
-    r"(?<![\w/])(?<![^\W\d]-)(?<!\d[.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?!\w|[.,]\d|[-/]\w)"
+    r"(?<![\w/])(?<![^\W\d]-)(?<!\w\.)(?<!\d,)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?(?!\w|,\d|\.\w|[-/][^\W\d])"
     r"|(?<!\w)-?(?:nan|inf)(?!\w)"
 )
 
@@ -58,15 +58,15 @@ def scene(number: int) -> str:
 
 
 def numbers(message: str) -> list[float]:
-    """The numbers in a message in order, but for those in the names of files and options."""
+    """The numbers in a message in order, but for those in the names of files, weights and options."""
     return [float(number.replace(",", "")) for number in _NUMBER.findall(message)]
 
 
 def holds(message: str, value: object) -> bool:
     """Whether a message holds a value as a whole: 3 is not in 13, `text` not in `neg_text`, `a/b` not in `a/b/c`.
 
-    A number is found however it is written: 1000 as 1,000 and 0.0001 as 1e-04. Numbers in the names of files and
-    options do not count.
+    A number is found however it is written: 1000 as 1,000 and 0.0001 as 1e-04. Numbers in the names of files,
+    weights and options do not count.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         found = numbers(message)

@@ -103,8 +103,7 @@ class TextEncoderGraph(nn.Module):
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.encoder(ids)
-        return embeddings.float()
+        return self.encoder(ids).float()
 
 
 class TransformerGraph(nn.Module):
@@ -114,8 +113,7 @@ class TransformerGraph(nn.Module):
 
     def forward(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
         dtype = self.transformer.transformer_norm.weight.dtype
-        velocity: Tensor = self.transformer(latents.to(dtype), text.to(dtype), timestep)
-        return velocity.float()
+        return self.transformer(latents.to(dtype), text.to(dtype), timestep).float()
 
 
 class VaeGraph(nn.Module):

@@ -60,9 +60,9 @@ class Input:
 class Graph:
     """One graph to be exported: a module with named inputs and outputs.
 
-    Weights and inputs are looked at for their shapes and dtypes alone, so that they may be with_placeholder_weights. `ttt` is the kind of
-    its TTT nodes where it has some, `length` that of the clips where it depends on one, `layers` the name of the layers
-    in the module where all are alike.
+    Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
+    of its TTT nodes, None without any. `length` is the clip length that the graph is for, `layers` the name of the
+    module's list of identical layers, empty without one.
     """
 
     name: str

@@ -284,7 +284,7 @@ def test_what_a_checkpoint_holds(run: Run, tmp_path: Path) -> None:
         (["--width", "100"], ("width", 100)),
         (["--bundle", "nowhere"], ("nowhere", "bundle.json")),
         (["--bundle", "nowhere", "--preset", "tiny"], ("--bundle", "--length", "--engine")),
-        (["--checkpoint", "nowhere"], ("nowhere",)),
+        (["--checkpoint", "nowhere"], ("nowhere/text_encoder",)),
         (["--num-steps", "0"], ("--num-steps",)),
     ],
 )

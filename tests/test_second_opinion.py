@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from polygraphy.comparator import RunResults
 
 from ttt_video_engine.engines import cuda
@@ -20,6 +21,7 @@ from ttt_video_engine.export.parity import second_opinion
 from ttt_video_engine.export.parity.gate import TOLERANCES
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, Bundle, open_bundle
+from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import tiny
 from ttt_video_engine.runtime.runner import AnyArray, Array
 
@@ -145,6 +147,14 @@ def test_a_folder_in_use_is_left_alone(run: Run, shared_bundle: Path, tmp_path: 
     code, out, err = run("parity", "--bundle", shared_bundle, "--polygraphy", tmp_path)
     assert (code, out) == (2, "") and str(tmp_path) in err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_bfloat16_is_refused_before_anything_is_written(shared_bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(shared_bundle)
+    narrow = Bundle(opened.root, replace(opened.manifest, dtype="bfloat16"))
+    with pytest.raises(BackendError, match="bfloat16"):
+        second_opinion.second_opinions(narrow, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_changed_graph_is_not_run(run: Run, bundle: Path, tmp_path: Path) -> None:

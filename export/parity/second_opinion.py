@@ -56,23 +56,24 @@ def second_opinions(bundle: Bundle, output: Path) -> Iterator[Opinion]:
     """Runs every kind of graph on random inputs, the transformer of the shortest length, a graph at a time.
 
     Writes INPUTS and OUTPUTS into a folder of `output` for each graph. Raises OutputError, at once, where `output` has
-    files; BackendError where a graph does not run.
+    files, and BackendError for a bundle in bfloat16; BackendError where a graph does not run.
     """
+    load = OnnxRuntimeLoader(bundle, provider="cpu")
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         if any(output.iterdir()):
             raise OutputError(f"{output}: is not empty; choose another folder")
-    return _opinions(bundle, output)
+    return _opinions(bundle, output, load)
 
 
-def _opinions(bundle: Bundle, output: Path) -> Iterator[Opinion]:
+def _opinions(bundle: Bundle, output: Path, load: OnnxRuntimeLoader) -> Iterator[Opinion]:
     shortest = min(bundle.manifest.lengths, key=SCENES_PER_LENGTH.__getitem__)
     for graph in (TEXT_ENCODER, transformer_graph_name(shortest), VAE_FIRST, VAE_NEXT):
         folder = output / graph
         with writing(folder), G_LOGGER.verbosity():
             folder.mkdir()
             results = Comparator.run(
-                _runners(bundle, graph),
+                _runners(bundle, graph, load),
                 data_loader=[random_feeds(bundle, graph)],
                 save_inputs_path=str(folder / INPUTS),
                 save_outputs_path=str(folder / OUTPUTS),
@@ -97,10 +98,9 @@ def random_feeds(bundle: Bundle, graph: str) -> dict[str, Array]:
     return {spec.name: values(spec) for spec in bundle.graph(graph).inputs}
 
 
-def _runners(bundle: Bundle, graph: str) -> list[BaseRunner]:
+def _runners(bundle: Bundle, graph: str, load: OnnxRuntimeLoader) -> list[BaseRunner]:
     """Ours first, to which the others are compared. Each is loaded when its turn comes, and freed after it."""
     inputs, path = bundle.graph(graph).inputs, bundle.path(bundle.graph(graph).file)
-    load = OnnxRuntimeLoader(bundle, provider="cpu")
     runners = [_OurRunner(OURS, inputs, lambda: load(graph)), OnnxrtRunner(lambda: _plain_session(path), POLYGRAPHYS)]
     if any((engine.entry.graph, engine.entry.gpu) == (graph, _gpu()) for engine in list_engines(bundle.root)):
         runners.append(_OurRunner(TENSORRT, inputs, lambda: TensorRTLoader(bundle)(graph)))

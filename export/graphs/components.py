@@ -5,6 +5,7 @@ dtype. The VAE's caches, which only the VAE reads, have the component's own dtyp
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ from ttt_video_engine.runtime.bundle import (
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 
 
-def component_graphs(module: nn.Module, model: ModelConfig, lengths: Sequence[str]) -> list[Graph]:
-    """All graphs of a component; the transformer has one for each of `lengths`."""
+def component_graphs(
+    module: nn.Module, model: ModelConfig, lengths: Sequence[str], *, inline: bool = False
+) -> list[Graph]:
+    """All graphs of a component; the transformer has one for each of `lengths`. `inline` as in Graph."""
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
-        return [transformer_graph(module, model, length) for length in lengths]
+        return [replace(transformer_graph(module, model, length), inline=inline) for length in lengths]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]

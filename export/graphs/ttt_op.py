@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from ttt_video_engine.reference.ttt_layer import TTTLayer
@@ -56,6 +58,17 @@ def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
     model.functions.append(function_body(kind, opset))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+
+
+def inline_function_body(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the body in place of each TTT node, for runtimes that know no functions.
+
+    Weights keep their names and places. onnx's own inliner would leave the domain among the opsets.
+    """
+    inlined = ir.from_proto(model)
+    passes.InlinePass()(inlined)
+    passes.RemoveUnusedOpsetsPass()(inlined)
+    return ir.to_proto(inlined)
 
 
 # Before the loop. `target` is γ·(v − k − β), so that the gradient of the

@@ -107,7 +107,7 @@ class Gate:
         }
         target = path.with_name(f".part.{path.name}")
         try:
-            save(trace(part), target, WeightFile(weights.path, places), part.ttt)
+            save(trace(part), target, WeightFile(weights.path, places), part.ttt, inline=graph.inline)
             yield target
         finally:
             target.unlink(missing_ok=True)

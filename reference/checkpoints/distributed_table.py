@@ -18,7 +18,27 @@ from ttt_video_engine.reference.checkpoints.damage import one_line, reading, reg
 from ttt_video_engine.runtime.errors import CheckpointError
 
 _MOST_BYTES = 256 << 20
-"""A table takes some 300 bytes for each chunk."""
+"""A table takes about 150 bytes for each chunk."""
+
+
+_ALLOWED: dict[str, set[str]] = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""Module → what a table may name of it. Dtypes of torch are allowed as well."""
 
 
 @dataclass(frozen=True)
@@ -115,42 +135,25 @@ def _are_sizes(values: tuple[object, ...]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
+def _set_attributes(unpickler: Any) -> None:
+    """Sets attributes of an object that the table has made, never of an allowed class or function."""
+    target = type(unpickler.stack[-2])
+    if target.__name__ not in _ALLOWED.get(target.__module__, set()):
+        raise pickle.UnpicklingError(f"it changes a {target.__name__}")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
+
+
 class _TableUnpickler(pickle._Unpickler):
     """Python's own unpickler in Python: the one in C allocates as much as a damaged stream asks for."""
 
-    _ALLOWED: ClassVar[dict[str, set[str]]] = {
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"},  # and dtypes
-        "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-        "collections": {"OrderedDict"},
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype) or name in self._ALLOWED.get(module, set()):
+        if isinstance(found, torch.dtype) or name in _ALLOWED.get(module, set()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    def load_build(self) -> None:
-        """Sets the attributes of an object: of one that the table made, never of an allowed class or function."""
-        target = self.stack[-2]
-        if type(target).__name__ not in self._ALLOWED.get(type(target).__module__, set()):
-            raise pickle.UnpicklingError(f"it changes {target!r}")
-        super().load_build()
 
     # A bytearray takes the memory that its header states before its data is there; a table has none.
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]},
-        pickle.BUILD[0]: load_build,
+        pickle.BUILD[0]: _set_attributes,
     }

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
-from msgspec.structs import replace
-
 from ttt_video_engine.planning.fit import MORE_RAM, Candidate, Fit, MemorySettings, Stored
+from ttt_video_engine.planning.shapes import can_be_seeded
 from ttt_video_engine.runtime.bundle import Bundle, transformer_graph_name
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.presets import PRESETS
@@ -119,13 +118,15 @@ def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | N
     """The options of export that make this model."""
     kind = model.transformer.ttt
     named = PRESETS[model.name](kind) if model.name in PRESETS else None
-    if named is None or replace(named, width=model.width, height=model.height) != model:
-        return ["--config", str(config or "FILE"), "--checkpoint", str(checkpoint or "CHECKPOINT")]
-    options = ["--preset", model.name, "--ttt", kind]
-    for name in ("width", "height"):
-        if getattr(model, name) != getattr(named, name):
-            options += [f"--{name}", str(getattr(model, name))]
-    if checkpoint is not None or model.name == "5B":
+    others = [name for name in model.__struct_fields__ if name not in ("width", "height")]
+    if named is None or any(getattr(model, name) != getattr(named, name) for name in others):
+        options = ["--config", str(config or "FILE")]
+    else:
+        options = ["--preset", model.name, "--ttt", kind]
+        for name in ("width", "height"):
+            if getattr(model, name) != getattr(named, name):
+                options += [f"--{name}", str(getattr(model, name))]
+    if checkpoint is not None or not can_be_seeded(model):
         options += ["--checkpoint", str(checkpoint or "CHECKPOINT")]
     return options
 

@@ -25,6 +25,15 @@ def weight_shapes(model: ModelConfig) -> dict[str, Shapes]:
     }
 
 
+MOST_SEEDED_TOKENS = 2018
+"""Of a tokenizer that is trained on the package's prose: what `export/sources/prose.txt` has pieces for."""
+
+
+def can_be_seeded(model: ModelConfig) -> bool:
+    """Whether a model can have random weights. It then has a tokenizer of its own, trained on the package's prose."""
+    return model.text_encoder.vocab_size <= MOST_SEEDED_TOKENS
+
+
 def num_parameters(shapes: Shapes) -> int:
     return sum(map(prod, shapes.values()))
 

@@ -1,4 +1,4 @@
-"""Modules without trained weights: with random ones from a seed, or with none at all."""
+"""Modules without trained weights: with random weights from a seed, or with none."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor
+from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict, LazyTensor
 from ttt_video_engine.reference.ttt_layer import TTTLayer
 
 INNER_WEIGHT_STD = 0.02
@@ -20,8 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 def seeded(build: Callable[[], M], seed: int) -> M:
     """The module that `build` makes, with PyTorch's usual initial weights and those of TTT layers, for inference.
 
-    TTT weights are those a fresh layer starts training with: normal with a standard deviation of 0.02, biases zero.
-    The same seed gives the same weights; the caller's random state is left as it was.
+    TTT weights are those that a fresh layer starts training with: normal with a standard deviation of 0.02, biases
+    zero. The same seed gives the same weights. The caller's random state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -33,10 +33,40 @@ def seeded(build: Callable[[], M], seed: int) -> M:
     return module.eval().requires_grad_(False)
 
 
+class SeededWeights:
+    """Describes the weights of `seeded` modules, which are made when they are read.
+
+    A module draws all its weights in one sequence, so reading one makes all. Those that wait to be read are kept, of
+    one module at a time: whoever reads each weight once has them made once, and leaves nothing in memory.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._unread: dict[str, Tensor] = {}
+        self._owner: LazyStateDict = {}
+
+    def describe(self, build: Callable[[], nn.Module]) -> LazyStateDict:
+        """The weights of the module that `build` makes, by name. Names of one weight share an entry."""
+        weights: LazyStateDict = {}
+        entries: dict[Tensor, LazyTensor] = {}
+        for name, value in on_meta_device(build).state_dict(keep_vars=True).items():
+            read = partial(self._read, build, weights, name)
+            weights[name] = entries.setdefault(value, LazyTensor(tuple(value.shape), value.dtype, read))
+        return weights
+
+    def _read(self, build: Callable[[], nn.Module], owner: LazyStateDict, name: str) -> Tensor:
+        if self._owner is not owner or name not in self._unread:
+            self._owner, self._unread = owner, {}  # the old ones go first
+            made = seeded(build, self._seed).state_dict()
+            first_names = {id(stored): name for name, stored in reversed(owner.items())}
+            self._unread = {name: made[name] for name in first_names.values()}
+        return self._unread.pop(name)
+
+
 def with_placeholder_weights(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
     """The module that `build` makes, with weights of the right shapes and of `dtype` that take no memory.
 
-    For tracing a model of any size. It cannot be loaded into.
+    It serves to trace a model of any size. Weights cannot be loaded into it.
     """
     module = on_meta_device(build)
     made: dict[nn.Parameter, nn.Parameter] = {}  # a weight of two names stays one
@@ -48,7 +78,7 @@ def with_placeholder_weights(build: Callable[[], M], dtype: torch.dtype = torch.
 
 
 def on_meta_device(build: Callable[[], M]) -> M:
-    """The module that `build` makes, its weights without values: names, shapes and what shares one tensor."""
+    """The module that `build` makes, its weights without values: names, shapes, and which names share a tensor."""
     with torch.device("meta"):
         return build()
 

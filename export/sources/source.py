@@ -1,16 +1,20 @@
-"""Where a model's weights come from: a seed, or a folder of checkpoints. None are read before they are asked for."""
+"""Where the weights of a model come from: a seed or a folder of checkpoints. They are read, or made, one at a time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from msgspec import structs
 from tokenizers import Tokenizer
 from torch import nn
 
+from ttt_video_engine.export.sources.stored_scale import stored_scale_factor
 from ttt_video_engine.export.sources.tokenizer import load_t5_tokenizer, tiny_prose, train_tokenizer
+from ttt_video_engine.planning.shapes import MOST_SEEDED_TOKENS, can_be_seeded
 from ttt_video_engine.reference.checkpoints.cogvideox import is_cogvideox_transformer
-from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, fingerprint, lazy_state, open_state
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, fingerprint, open_state
 from ttt_video_engine.reference.checkpoints.upstream import (
     check_fit,
     is_ttt,
@@ -19,12 +23,13 @@ from ttt_video_engine.reference.checkpoints.upstream import (
     ttt_kind,
     vae_weights,
 )
-from ttt_video_engine.reference.initialise import init_ttt_weights, on_meta_device, seeded
+from ttt_video_engine.reference.initialise import SeededWeights, init_ttt_weights, on_meta_device
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError
+from ttt_video_engine.runtime.presets import PRESETS
 
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
@@ -32,9 +37,9 @@ M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 
 @dataclass(frozen=True)
 class Component(Generic[M_co]):
-    """A component that need not be in memory: how its module is built, and the weights to fill it with, by name.
+    """A component that need not be in memory: how its module is built, and the weights that fill it, by name.
 
-    `origin` changes whenever the weights may have.
+    `origin` changes whenever the weights may have changed.
     """
 
     build: Callable[[], M_co]
@@ -44,13 +49,17 @@ class Component(Generic[M_co]):
     def load(self) -> M_co:
         """The module in float32, ready for inference."""
         module = self.build().eval().requires_grad_(False)
+        read: set[tuple[int, int]] = set()  # names of one tensor need it once
         for name, value in module.state_dict().items():
-            value.copy_(self.weights[name].read())
+            stored = self.weights[name]
+            if (value.data_ptr(), id(stored)) not in read:
+                read.add((value.data_ptr(), id(stored)))
+                value.copy_(stored.read())
         return module
 
 
 class ModelSource(Protocol):
-    """Describes each component when it is its turn."""
+    """A model whose components are described one by one, without reading weights."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -75,14 +84,25 @@ def components_of(source: ModelSource) -> dict[str, Component[nn.Module]]:
 
 @dataclass(frozen=True)
 class SeededSource:
-    """Random weights, and a tokenizer trained on the prose of the package. For presets with a small vocabulary."""
+    """Random weights, and a tokenizer trained on the package's prose. For models with a small vocabulary.
+
+    Raises ConfigError for a model that cannot be seeded.
+    """
 
     model: ModelConfig
     seed: int
 
     def __post_init__(self) -> None:
-        if self.model.name == "5B":
-            raise ConfigError("preset is '5B': has no weights of its own; give --checkpoint as well")
+        if not can_be_seeded(self.model):
+            kind, vocab_size = "preset" if self.model.name in PRESETS else "model", self.model.text_encoder.vocab_size
+            raise ConfigError(
+                f"{kind} is {self.model.name!r}: has no weights of its own; give --checkpoint as well "
+                f"(random weights are for a text_encoder.vocab_size of at most {MOST_SEEDED_TOKENS}, not {vocab_size})"
+            )
+
+    @cached_property
+    def _weights(self) -> SeededWeights:
+        return SeededWeights(self.seed)
 
     def tokenizer(self) -> Tokenizer:
         return train_tokenizer(tiny_prose(), self.model.text_encoder.vocab_size)
@@ -97,16 +117,17 @@ class SeededSource:
         return self._seeded(lambda: VaeDecoder(self.model.vae))
 
     def _seeded(self, build: Callable[[], M]) -> Component[M]:
-        return Component(build, lazy_state(seeded(build, self.seed).state_dict()), f"seed {self.seed}")
+        return Component(build, self._weights.describe(build), f"seed {self.seed}")
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
     """A folder laid out as on the Hugging Face hub: transformer/, vae/, text_encoder/ and tokenizer/.
 
-    `transformer` holds weights under the public code's names, or those of CogVideoX under Hugging Face's: then TTT
-    layers are fresh, from `seed`, and `report` is told. `vae` is the original 3d-vae.pt or Hugging Face's,
-    `text_encoder` and `tokenizer` are those of T5 v1.1. See `reference/stored.py` for the kinds of files.
+    `transformer` holds TTT-Video's weights under the names of its public code, or CogVideoX's under those of Hugging
+    Face. CogVideoX has no TTT layers: they are made fresh from `seed`, and `report` is told. `vae` is the original
+    3d-vae.pt or Hugging Face's, `text_encoder` and `tokenizer` are those of T5 v1.1. `open_state` lists the formats of
+    the files. Raises CheckpointError for a component that is missing, damaged or of other sizes than the model's.
     """
 
     model: ModelConfig
@@ -120,22 +141,44 @@ class CheckpointSource:
                 f"{self.folder}: is no folder; give one that holds transformer/, vae/, text_encoder/ and tokenizer/"
             )
 
+    def with_stored_scale(self) -> "CheckpointSource":
+        """This source with the VAE scale factor that the checkpoint itself states; `report` is told which is used.
+
+        The factor belongs to the latents that a transformer was trained on. CogVideoX was trained on latents times the
+        scaling_factor of its vae/config.json. TTT-Video was not, whichever VAE lies beside it: it keeps the model's.
+        """
+        path, current = self.folder / "vae", self.model.vae.scale_factor
+        stored = stored_scale_factor(path)
+        if is_cogvideox_transformer(open_state(self.folder / "transformer")):
+            if stored is None:
+                self.report(f"{path}: has no config.json with a scaling_factor; the VAE scale factor is {current}")
+                return self
+            self.report(f"{path / 'config.json'}: the VAE scale factor is {stored}")
+            return replace(
+                self, model=structs.replace(self.model, vae=structs.replace(self.model.vae, scale_factor=stored))
+            )
+        if stored is not None and stored != current:
+            self.report(
+                f"{path / 'config.json'}: states {stored}; TTT-Video's transformer needs {current}, which is used"
+            )
+        return self
+
     def tokenizer(self) -> Tokenizer:
         return load_t5_tokenizer(self.folder / "tokenizer", self.model.text_encoder.vocab_size)
 
     def text_encoder(self) -> Component[TextEncoder]:
         config, path = self.model.text_encoder, self.folder / "text_encoder"
-        weights = text_encoder_weights(open_state(path), vocab_size=config.vocab_size)
+        weights = text_encoder_weights(open_state(path), vocab_size=config.vocab_size, source=path)
         return _fitted(lambda: TextEncoder(config), weights, path, fingerprint(path))
 
     def transformer(self) -> Component[DiffusionTransformer]:
-        path, origin = self.folder / "transformer", fingerprint(self.folder / "transformer")
+        path = self.folder / "transformer"
 
         def build() -> DiffusionTransformer:
             return DiffusionTransformer(self.model.transformer)
 
         state = open_state(path)
-        weights = transformer_weights(state)
+        weights, origin = transformer_weights(state), fingerprint(path)
         if is_cogvideox_transformer(state):
             self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
             shapes = {name: value.shape for name, value in on_meta_device(build).state_dict().items() if is_ttt(name)}

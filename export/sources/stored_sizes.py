@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its metadata: no weight is read."""
+"""How much a checkpoint holds. Only the descriptions of its tensors are read."""
 
 from math import prod
 from pathlib import Path
@@ -10,9 +10,9 @@ _FOLDERS = {"text_encoder": "text_encoder", "transformer": "transformer", "vae_d
 
 
 def stored_sizes(folder: Path) -> dict[str, Stored]:
-    """Component → all that is stored for it, more than its own part included (such as the VAE's encoder).
+    """Component → parameters and bytes in its folder, those that an export leaves out included, as the VAE's encoder.
 
-    Raises CheckpointError for what is missing or cannot be read.
+    Raises CheckpointError for a component that is missing or damaged.
     """
     sizes = {}
     for component, name in _FOLDERS.items():

@@ -1,6 +1,7 @@
-"""Tokenizers for bundles: one trained on our own prose for the small presets, T5's for the full model.
+"""Tokenizers for bundles: one trained on the package's prose for small vocabularies, T5's for the full model.
 
-Both have T5's shape, `<pad>` 0, `</s>` 1 and `<unk>` 2, and end with the two scene tokens: scene end, then scene start.
+Both have the ids of T5's control tokens, `<pad>` 0, `</s>` 1 and `<unk>` 2. The last two ids are those of the scene
+tokens: scene end, then scene start.
 """
 
 import math
@@ -19,16 +20,15 @@ _ASCII = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 
 
 def tiny_prose() -> str:
-    """The text that the tokenizer of the small presets is trained on."""
+    """The prose of the package, which the tokenizer of the small presets is trained on."""
     return resources.files("ttt_video_engine.export.sources").joinpath("prose.txt").read_text(encoding="utf-8")
 
 
 def train_tokenizer(prose: str, vocab_size: int) -> Tokenizer:
-    """A Unigram tokenizer of exactly `vocab_size` tokens, scene tokens included; the same for the same prose.
+    """A Unigram tokenizer of exactly `vocab_size` tokens, scene tokens included. The same prose gives the same file.
 
-    Byte-pair merges choose the pieces and their frequency in the prose is their score: the library's own Unigram
-    trainer sums in random order, and so makes another file in every run. Raises ConfigError where the prose has too few
-    pieces.
+    Pieces are chosen by byte-pair merges and scored by their frequency in the prose. The library's own Unigram trainer
+    sums in random order, so its file differs from run to run. Raises ConfigError where the prose has too few pieces.
     """
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     wanted = vocab_size - len(_CONTROL_TOKENS) - _NUM_SCENE_TOKENS
@@ -46,9 +46,10 @@ def train_tokenizer(prose: str, vocab_size: int) -> Tokenizer:
 
 
 def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """T5's tokenizer from a Hugging Face folder, with `tokenizer.json` or `spiece.model`, and the scene tokens.
+    """T5's tokenizer from a Hugging Face folder, from `tokenizer.json` or `spiece.model`, with the scene tokens added.
 
-    `vocab_size` is the text encoder's, 32102 for T5 v1.1. Raises CheckpointError where the files do not give two less.
+    `vocab_size` is that of the text encoder, scene tokens included: 32102 for T5 v1.1. Raises CheckpointError where the
+    files are missing, damaged, not T5's, or of another size.
     """
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
@@ -78,9 +79,9 @@ def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
-    """The printable ASCII characters, the prose's others and its most frequent merges, with log probabilities.
+    """Pieces with their log probabilities: printable ASCII, the prose's other characters, its most frequent merges.
 
-    `count` pieces; fewer where the prose has no more merges, more where it has too many characters.
+    There are `count` of them: fewer where the prose has no more merges, more where it has too many characters.
     """
     split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer = Tokenizer(models.BPE())
@@ -88,11 +89,11 @@ def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
     trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=_ASCII, show_progress=False)
     tokenizer.train_from_iterator([prose], trainer)
     words = Counter(word for word, _ in split.pre_tokenize_str(prose))
-    # Every occurrence counts, inside longer pieces too, and one more for the characters that the prose lacks.
+    # Occurrences inside longer pieces count as well. One is added for the characters that the prose lacks.
     frequency = {piece: 1 + sum(n * word.count(piece) for word, n in words.items()) for piece in tokenizer.get_vocab()}
     total = sum(frequency.values())
     ordered = sorted(frequency, key=lambda piece: (-frequency[piece], piece))
-    # Rounded: the library's JSON reader moves the last bit of longer decimals.
+    # Rounded, because the library's JSON reader changes the last bit of longer decimals.
     return [(piece, round(math.log(frequency[piece] / total), 6)) for piece in ordered]
 
 
@@ -101,7 +102,7 @@ def _from_tokenizer_json(source: Path) -> Tokenizer:
 
 
 def _from_sentencepiece(source: Path) -> Tokenizer:
-    # Heavy, and needed for folders without tokenizer.json only.
+    # A heavy import, which only folders without tokenizer.json need.
     from transformers import T5Tokenizer
 
     tokenizer: Tokenizer = T5Tokenizer.from_pretrained(source.parent, local_files_only=True).backend_tokenizer
@@ -109,7 +110,7 @@ def _from_sentencepiece(source: Path) -> Tokenizer:
 
 
 def _with_scene_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Adds the two tokens behind all others. `normalized=False`: found as they are spelled, or not at all."""
+    """Adds the two scene tokens after all others. With `normalized=False` they match as spelled only."""
     scene_tokens = (SCENE_END_TOKEN, SCENE_START_TOKEN)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in scene_tokens])
     return tokenizer

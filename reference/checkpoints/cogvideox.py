@@ -1,12 +1,13 @@
-"""Names of Hugging Face's CogVideoX weights, as those that this reference has.
+"""Translates the names of Hugging Face's CogVideoX weights to those of this reference.
 
-The two lay their tensors out alike; only names differ. A layer's modulation holds shift, scale and gate of the video,
-then of the text; the VAE's levels are counted from the deepest there and from the shallowest here.
+Shapes and the order of values are the same in both. A layer's modulation [6 x D] holds shift, scale and gate of the
+video, then those of the text. Hugging Face counts the levels of the VAE from the deepest, the reference from the
+shallowest.
 """
 
 import re
 
-from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
+from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict
 from ttt_video_engine.runtime.config import VaeConfig
 
 _TRANSFORMER = {
@@ -34,22 +35,22 @@ _BLOCK = "transformer_blocks."
 
 
 def is_cogvideox_transformer(state: LazyStateDict) -> bool:
-    """Whether these are the names of a `CogVideoXTransformer3DModel`."""
+    """Whether the names are those of a `CogVideoXTransformer3DModel`."""
     return any(name.startswith(_BLOCK) for name in state)
 
 
 def cogvideox_transformer(state: LazyStateDict) -> LazyStateDict:
-    """A `CogVideoXTransformer3DModel` under this reference's names; it has no TTT layers. Unknown names stay."""
+    """A `CogVideoXTransformer3DModel`, without TTT layers, under the reference's names. Unknown names are kept."""
     return {_transformer_name(name): value for name, value in state.items()}
 
 
 def is_cogvideox_vae(state: LazyStateDict) -> bool:
-    """Whether these are the names of an `AutoencoderKLCogVideoX`."""
+    """Whether the names are those of an `AutoencoderKLCogVideoX`."""
     return any(name.startswith("decoder.up_blocks.") for name in state)
 
 
 def cogvideox_vae_decoder(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
-    """The decoder of an `AutoencoderKLCogVideoX` under this reference's names. Unknown names stay."""
+    """The decoder of an `AutoencoderKLCogVideoX` under the reference's names. Unknown names are kept."""
     names = [name for name in state if name.startswith("decoder.")]
     return {_vae_name(name.removeprefix("decoder."), len(config.ch_mult)): state[name] for name in names}
 

@@ -1,4 +1,4 @@
-"""Checkpoints under the names of the reference, and whether they fit its modules."""
+"""Translates the names of published checkpoints to those of the reference, and checks that weights fit its modules."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from ttt_video_engine.reference.checkpoints.cogvideox import (
     is_cogvideox_transformer,
     is_cogvideox_vae,
 )
-from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor
+from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict, LazyTensor
 from ttt_video_engine.runtime.config import TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import CheckpointError
 
@@ -20,37 +20,44 @@ _LISTED = 5
 
 
 def transformer_weights(state: LazyStateDict) -> LazyStateDict:
-    """Names of the public code without their `dit.` prefix; those of Hugging Face's CogVideoX translated."""
+    """A transformer of TTT-Video's public code, with or without the prefix `dit.`, or of Hugging Face's CogVideoX."""
     if is_cogvideox_transformer(state):
         return cogvideox_transformer(state)
     return {name.removeprefix("dit."): value for name, value in state.items()}
 
 
 def is_ttt(name: str) -> bool:
-    """Whether a weight belongs to a TTT layer or its gates."""
+    """Whether a weight, by its name, belongs to a TTT layer or its gates."""
     return "seq_modeling_block.ssm." in name or "_ssm_gating_" in name
 
 
 def ttt_kind(state: LazyStateDict) -> TTTKind | None:
-    """The inner model of a transformer's TTT layers, of which an MLP alone has a second layer; None without any."""
+    """The inner model of the TTT layers: only an MLP has a second layer. None where there are no TTT layers."""
     weights = {name.rpartition(".ssm.ttt.")[2] for name in state}
     return "mlp" if "W2" in weights else "linear" if "W1" in weights else None
 
 
 def vae_weights(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
-    """The decoder's part of `3d-vae.pt` without its `decoder.` prefix, or of Hugging Face's VAE translated."""
+    """The decoder of a VAE: of the original `3d-vae.pt`, where names start with `decoder.`, or of Hugging Face's."""
     if is_cogvideox_vae(state):
         return cogvideox_vae_decoder(state, config)
     return {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
 
 
-def text_encoder_weights(state: LazyStateDict, *, vocab_size: int) -> LazyStateDict:
-    """The encoder's part of a T5, its embeddings cut to `vocab_size` rows: the last two become the scene tokens."""
+def text_encoder_weights(
+    state: LazyStateDict, *, vocab_size: int, source: Path = Path("text_encoder")
+) -> LazyStateDict:
+    """The encoder of a T5. Of its embeddings [V, D] the first `vocab_size` rows stay, two for scene tokens.
+
+    Raises CheckpointError, which names `source`, where there are fewer rows.
+    """
     encoder = {name: value for name, value in state.items() if name.startswith(("shared.", "encoder."))}
     embeddings = encoder.pop("shared.weight", encoder.get("encoder.embed_tokens.weight"))
-    if embeddings is None or embeddings.shape[0] < vocab_size:
-        rows = 0 if embeddings is None else embeddings.shape[0]
-        raise CheckpointError(f"T5 embeddings (shared.weight) have {rows} rows; must be at least {vocab_size}")
+    rows = 0 if embeddings is None or not embeddings.shape else embeddings.shape[0]
+    if embeddings is None or rows < vocab_size:
+        raise CheckpointError(
+            f"{source}: T5 embeddings (shared.weight) have {rows} rows; must be at least {vocab_size}; give T5 v1.1"
+        )
     cut = replace(embeddings, shape=(vocab_size, *embeddings.shape[1:]), read=partial(_rows, embeddings, vocab_size))
     encoder["encoder.embed_tokens.weight"] = encoder["shared.weight"] = cut
     return {f"t5.{name}": value for name, value in encoder.items()}
@@ -61,7 +68,7 @@ def _rows(stored: LazyTensor, count: int) -> Tensor:
 
 
 def check_fit(state: LazyStateDict, module: nn.Module, source: Path) -> None:
-    """Raises CheckpointError listing names that are missing, unexpected, misshapen or no floating-point numbers."""
+    """Raises CheckpointError that lists weights which are missing, unexpected, misshapen or not floating-point."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = [
         _listing("missing", [name for name in expected if name not in state]),

@@ -16,9 +16,9 @@ EXAMPLES = Path(__file__).parent.parent / "storyboards"
 SCENES = st.lists(
     st.builds(
         Scene,
-        text=st.text().filter(lambda text: bool(text.strip())),
+        text=st.text().filter(lambda text: "\0" not in text),
         requires_scene_transition=st.booleans(),
-        neg_text=st.text(),
+        neg_text=st.text().filter(lambda text: "\0" not in text),
     ),
     min_size=1,
     max_size=4,
@@ -90,8 +90,6 @@ def test_what_is_written_is_read(tmp_path: Path, videos: list[list[Scene]], asci
         ('"a"', 'scene 2: found "a"; must be an object such as {"text": "…"}'),
         ("[]", 'scene 2: found a list; must be an object such as {"text": "…"}'),
         ("{}", "scene 2, text: missing; say what the scene shows"),
-        ('{"text": ""}', 'scene 2, text: found ""; say what the scene shows'),
-        ('{"text": " \\n"}', 'scene 2, text: found " \\n"; say what the scene shows'),
         ('{"text": 3}', "scene 2, text: found 3; must be a string in quotes"),
         ('{"text": null}', "scene 2, text: found null; must be a string in quotes"),
         ('{"text": "\\ud83d"}', "scene 2, text: found half of a \\u surrogate pair"),

@@ -108,12 +108,12 @@ open(sys.argv[2], "w", encoding="utf-8").write(tokenizer.to_str())
 """
 
 
-def _from_sentencepiece(source: Path) -> Tokenizer:
+def _from_sentencepiece(path: Path) -> Tokenizer:
     """Converted by transformers in a process of its own, which some damaged files end."""
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "tokenizer.json"
         # -P: no module is taken from the working folder.
-        command = [sys.executable, "-P", "-c", _CONVERT, str(source.parent.absolute()), str(converted)]
+        command = [sys.executable, "-P", "-c", _CONVERT, str(path.parent.absolute()), str(converted)]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             last = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]

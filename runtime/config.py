@@ -178,13 +178,13 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def __post_init__(self) -> None:
         named = 0 < len(self.name) <= 100 and self.name.isprintable()
         _require(named, "name", self.name[:100], "must have 1 … 100 printable characters")
-        _require_range(self, 1, MAX_PIXELS, "width", "height")
         patch, factor = self.transformer.patch_size, self.vae.spatial_factor
         for name, pixels in (("width", self.width), ("height", self.height)):
             step = patch * factor
             nearest = max(step, round(pixels / step) * step)
             cure = f"must be a multiple of {step} (patch {patch} x VAE {factor}), such as {nearest}"
-            _require(pixels % step == 0, name, pixels, cure)
+            _require(pixels > 0 and pixels % step == 0, name, pixels, cure)
+        _require_range(self, 1, MAX_PIXELS, "width", "height")
         text_dim, d_model = self.transformer.text_dim, self.text_encoder.d_model
         _require(text_dim == d_model, "transformer.text_dim", text_dim, f"must equal text_encoder.d_model {d_model}")
         channels, z = self.transformer.in_channels, self.vae.z_channels

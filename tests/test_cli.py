@@ -231,7 +231,7 @@ def other_text_length(manifest: Manifest) -> None:
         ),
         (other_text_length, "graphs.transformer-3s: takes text float32['batch', 1, 136, 64], the model calls for"),
         (lambda m: m["graphs"]["transformer-3s"]["inputs"].pop(), "graphs.transformer-3s: takes no timestep"),
-        (lambda m: m["model"]["vae"].update(temporal_window=3), "graphs.vae_decoder-first: takes latents"),
+        (lambda m: m["model"]["vae"].update(temporal_window=4), "graphs.vae_decoder-first: takes latents"),
         (lambda m: m["model"]["transformer"].update(num_heads=3), "num_heads is 3: must divide model_dim 64"),
     ],
 )

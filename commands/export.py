@@ -54,6 +54,14 @@ def export(
         list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
     ] = None,
     plugin: Annotated[bool, typer.Option(help="TTT layers as our kernels, or as standard operators.")] = True,
+    inline: Annotated[
+        bool,
+        typer.Option(
+            "--inline",
+            help="Write TTT nodes as standard operators, for runtimes that know no functions, such as OpenVINO; "
+            "no plugin can replace them then.",
+        ),
+    ] = False,
     optimization_level: Annotated[int, typer.Option(help="TensorRT's, 0 to 5.", min=0, max=5)] = 3,
     workspace: Annotated[int | None, typer.Option(help="Scratch memory of TensorRT in MiB.", min=1)] = None,
     weight_streaming: Annotated[
@@ -64,6 +72,8 @@ def export(
     """Export a model to a bundle of ONNX graphs, each held to the PyTorch reference, and to TensorRT engines."""
     if (engine == "tensorrt") != bool(gpu):
         raise ConfigError("--engine tensorrt and --gpu go together: name the architectures to compile for, as sm_89")
+    if inline and plugin and engine == "tensorrt":
+        raise ConfigError("--inline leaves no TTT nodes for --plugin to replace; leave it out, or give --no-plugin")
     chosen = resolve_config(
         config,
         preset=preset,
@@ -93,5 +103,5 @@ def export(
             else CheckpointSource(model, checkpoint, chosen.seed, display.line)
         )
         plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update, inline=inline)
     typer.echo(f"bundle: {output}")

@@ -15,7 +15,7 @@ COMMANDS = {
     "sample": "Render the videos of a storyboard file.",
     "plan": "Say what a model needs before it is built, whether it fits, and with which settings.",
     "devices": "Show what can run graphs on this machine, and why the rest cannot.",
-    "parity": "Hold the reference and freshly exported graphs to recordings of the public code.",
+    "parity": "Hold the reference and fresh graphs to recordings of the public code, or a bundle to Polygraphy.",
     "inspect": "Show what a bundle holds, whether it is whole, and what would be rebuilt.",
 }
 

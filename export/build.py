@@ -66,13 +66,16 @@ def export_bundle(
     report: Report,
     engines: EngineRequest | None = None,
     progress: Progress = _no_progress,
+    *,
+    inline: bool = False,
 ) -> Bundle:
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
     Engines for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
-    came out, `progress` how far what takes long is. Raises CheckFailed where a component is over tolerance. However it
-    ends before the end, `output` is then as it was, and what was finished waits beside it for the next export. Raises
-    OutputError where another export of the same bundle is running.
+    came out, `progress` how far what takes long is. With `inline` TTT nodes are written as standard operators. Raises
+    CheckFailed where a component is over tolerance. However it ends before the end, `output` is then as it was, and
+    what was finished waits beside it for the next export. Raises OutputError where another export of the same bundle is
+    running.
     """
     engines = engines or EngineRequest()
     check_gpus(engines.gpus)
@@ -84,7 +87,7 @@ def export_bundle(
         has = () if previous is None else previous.manifest.lengths
         lengths = sorted({*lengths, *has}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
         with _staging(output, previous, report) as stage:
-            build = _Build(source, components, dtype, lengths, stage, report, progress)
+            build = _Build(source, components, dtype, lengths, stage, report, progress, inline)
             build.check_space(output, engines.gpus)
             build.tokenizer()
             for name in components:
@@ -109,6 +112,7 @@ class _Build:
     stage: Stage
     report: Report
     progress: Progress
+    inline: bool
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -147,8 +151,15 @@ class _Build:
         """Brings the weights of one component and its graphs into the stage, built or taken over."""
         file, entry = self._weights(name)
         module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
-        for graph in component_graphs(module, self.source.model, self.lengths):
-            key = graph_key(self.source.model, weights=entry.sha256, dtype=self.dtype, opset=OPSET, length=graph.length)
+        for graph in component_graphs(module, self.source.model, self.lengths, inline=self.inline):
+            key = graph_key(
+                self.source.model,
+                weights=entry.sha256,
+                dtype=self.dtype,
+                opset=OPSET,
+                length=graph.length,
+                inline=graph.inline,
+            )
             kept = self.stage.graph(graph.name, key)
             if kept is not None:
                 self.report(f"{graph.name}: unchanged")
@@ -214,7 +225,7 @@ class _Build:
     def _graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
         self.report(f"{graph.name}: {self._why(graph.name, key)}")
         path = self.stage.place(graph.file)
-        save(trace(graph), path, weights, graph.ttt)
+        save(trace(graph), path, weights, graph.ttt, inline=graph.inline)
         part = self._gate.part(graph.component)
         if part:
             self.report(f"{graph.name}: too large to run here; held to the reference by {part}, with their own weights")

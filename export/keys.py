@@ -21,11 +21,14 @@ def environment_key() -> Key:
     return {"code": code_digest(), **{f"tool {name}": package_version(name) for name in TOOLS}}
 
 
-def graph_key(model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any") -> Key:
+def graph_key(
+    model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any", inline: bool = False
+) -> Key:
     """Everything that could change a graph. Two graphs of equal keys are the same."""
     config = hashlib.sha256(msgspec.json.encode(model, order="deterministic")).hexdigest()
     model_key = {"preset": model.name, "config": config, "weights": weights, "length": length}
-    return {**model_key, "precision": dtype, "opset": str(opset), **environment_key()}
+    functions = "inlined" if inline else "kept"
+    return {**model_key, "precision": dtype, "opset": str(opset), "functions": functions, **environment_key()}
 
 
 def weights_key(model: ModelConfig, *, origin: str, dtype: str) -> Key:

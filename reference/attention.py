@@ -1,7 +1,7 @@
-"""Sequence modelling: attention within each 3-second segment, then TTT over the whole clip, both ways.
+"""Sequence modelling: attention within each 3-second segment, then TTT over the whole clip in both directions.
 
-Shape suffixes: B batch, S scenes, M tokens of a segment, L tokens of the clip, D model dimension, T frames, P patches
-of a frame.
+Shape suffixes: B batch, S scenes, N text tokens of a scene, M tokens of a segment, L tokens of the clip, D model
+dimension, H heads, F head dimension, T frames, P patches of a frame.
 """
 
 import torch
@@ -15,7 +15,11 @@ from ttt_video_engine.runtime.config import TransformerConfig
 
 
 class SeqModelingBlock(nn.Module):
-    """[B, L, D] → [B, L, D] in the order of `layout` (arXiv 2504.05298, section 3)."""
+    """Tokens [B, L, D] → [B, L, D] in the order of `layout` (arXiv 2504.05298, section 3).
+
+    a = attention(x); y = a + gate · TTT(a); result y + gate · reversed(TTT(reversed(y))). Both directions share one TTT
+    layer; each has its gates, one for text and one for video.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -33,7 +37,7 @@ class SeqModelingBlock(nn.Module):
         text, video = self._split(self.ssm(attended, layout), layout)
         out = attended + torch.cat([self.forward_ssm_gating_text(text), self.forward_ssm_gating_video(video)], dim=1)
 
-        order = layout.reversed_order
+        order = layout.reversed_order  # its own inverse
         backward = self.ssm(out.index_select(1, order), layout).index_select(1, order)
         text, video = self._split(backward, layout)
         return out + torch.cat([self.backward_ssm_gating_text(text), self.backward_ssm_gating_video(video)], dim=1)
@@ -43,29 +47,29 @@ class SeqModelingBlock(nn.Module):
         text, video = self._split(x_BLD, layout)
         text_BSND = text.unflatten(1, (layout.num_scenes, layout.text_length))
         video_BTPD = video.unflatten(1, (layout.num_frames, layout.tokens_per_frame))
-        frames = layout.segment_frames
-        segments = video_BTPD.index_select(1, frames.flatten()).unflatten(1, frames.shape)
-        out_BSMD = self._attention(torch.cat([text_BSND, segments.flatten(2, 3)], dim=2), layout)
+        frames = layout.segment_frames  # [S, T of a segment]
+        segments_BSTPD = video_BTPD.index_select(1, frames.flatten()).unflatten(1, frames.shape)
+        out_BSMD = self._attention(torch.cat([text_BSND, segments_BSTPD.flatten(2, 3)], dim=2), layout)
 
-        text = out_BSMD[:, :, : layout.text_length].flatten(1, 2)
-        segments = out_BSMD[:, :, layout.text_length :].unflatten(2, (-1, layout.tokens_per_frame))
-        return torch.cat([text, self._merge_segments(segments)], dim=1)
+        text = out_BSMD[:, :, : layout.text_length].flatten(1, 2)  # [B, S·N, D]
+        segments_BSTPD = out_BSMD[:, :, layout.text_length :].unflatten(2, (-1, layout.tokens_per_frame))
+        return torch.cat([text, self._merge_segments(segments_BSTPD)], dim=1)
 
     def _attention(self, x_BSMD: Tensor, layout: TokenLayout) -> Tensor:
-        """Softmax attention over M, every segment on its own; rotary positions restart in each."""
-        x_SMD = x_BSMD.flatten(0, 1)
+        """Softmax attention over M within each segment; rotary positions restart in each."""
+        x_SMD = x_BSMD.flatten(0, 1)  # batch and scenes as one axis, [B·S, M, D]
         q, k, v = (
-            project(x_SMD).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+            project(x_SMD).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # [B·S, H, M, F]
             for project in (self.q, self.k, self.v)
         )
         rotation = layout.segment_rotation
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         out = functional.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.o(out.transpose(1, 2).flatten(2)).unflatten(0, (-1, layout.num_scenes))
-        return projected
+        # Heads behind tokens again, merged into D; then the scenes become an axis of their own.
+        return self.o(out.transpose(1, 2).flatten(2)).unflatten(0, (-1, layout.num_scenes))
 
     def _merge_segments(self, segments_BSTPD: Tensor) -> Tensor:
-        """Lays the segments end to end, each one's first frames averaged with the last of the segment before."""
+        """Joins the segments into frames [B, T·P, D]; frames that two segments share are averaged."""
         prefix = self.config.prefix_temporal_length
         head, body = segments_BSTPD[:, :, :prefix], segments_BSTPD[:, :, prefix : self.config.attn_length]
         tail = segments_BSTPD[:, :, self.config.attn_length :]
@@ -74,4 +78,5 @@ class SeqModelingBlock(nn.Module):
         return torch.cat([frames, tail[:, -1]], dim=1).flatten(1, 2)
 
     def _split(self, x_BLD: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Text [B, S·N, D] and video [B, T·P, D]."""
         return x_BLD[:, : layout.num_text_tokens], x_BLD[:, layout.num_text_tokens :]

@@ -1,4 +1,4 @@
-"""Where the tokens of a clip stand: text scene by scene, then video patches in (t, y, x) order."""
+"""The order of a clip's tokens: text scene by scene, then video patches in (t, y, x) order."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,10 @@ from ttt_video_engine.runtime.config import TransformerConfig
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Sizes and static index tables of one clip; `height` and `width` count patches.
+    """Sizes and index tables of one clip; `height` and `width` count patches.
 
-    Index tables say for each place of a new order which token of the standard order stands there. All tables are made
-    once, for every layer to share.
+    A table [L] maps each position of a new order to a token of the standard order: `x.index_select(1, table)` reorders
+    x. Tables are computed once and shared by all layers.
     """
 
     config: TransformerConfig
@@ -39,26 +39,26 @@ class TokenLayout:
 
     @cached_property
     def segment_frames(self) -> Tensor:
-        """[S, frames of a segment]: the latent frames each scene attends to; neighbours share the prefix frames."""
+        """[S, frames of a segment]: the latent frames of each segment; neighbours share the prefix frames."""
         starts = torch.arange(self.num_scenes) * self.config.attn_length
         return starts[:, None] + torch.arange(self.config.attn_length + self.config.prefix_temporal_length)
 
     @cached_property
     def segment_rotation(self) -> Rotation:
-        """Rotary embedding of one attention segment; its text is not turned."""
+        """Rotary embedding of one attention segment; text tokens are not rotated."""
         num_frames = self.config.attn_length + self.config.prefix_temporal_length
         return self._rotation(self.text_length, num_frames)
 
     @cached_property
     def clip_rotation(self) -> Rotation:
-        """Rotary embedding of the whole clip; its text is not turned."""
+        """Rotary embedding of the whole clip; text tokens are not rotated."""
         return self._rotation(self.num_text_tokens, self.num_frames)
 
     @cached_property
     def reversed_order(self) -> Tensor:
-        """[L]: scenes of text back to front, each still read forwards; video tokens back to front one by one.
+        """[L]: text scenes in reverse order, the tokens of each forwards; video tokens in reverse order.
 
-        Its own inverse.
+        The table is its own inverse.
         """
         text = torch.arange(self.num_text_tokens).view(self.num_scenes, self.text_length).flip(0).flatten()
         video = torch.arange(self.num_text_tokens, self.num_tokens).flip(0)
@@ -66,7 +66,7 @@ class TokenLayout:
 
     @cached_property
     def interleaved_order(self) -> Tensor:
-        """[L]: text of scene 0, its video, text of scene 1, its video, … The first scene also has the prefix frames."""
+        """[L]: text of scene 0, its video, text of scene 1, its video, … The first video has the prefix frames."""
         text, prefix, rest = self._scenes(torch.arange(self.num_tokens))
         later_scenes = torch.cat([text[1:], rest[1:]], dim=1).flatten()
         return torch.cat([text[0], prefix, rest[0], later_scenes])
@@ -90,7 +90,7 @@ class TokenLayout:
         return self.config.attn_length * self.tokens_per_frame
 
     def _scenes(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Text by scene, the prefix frames and the other video by scene, of [L] in standard order."""
+        """Splits [L] in standard order: text [S, ·], the prefix frames [·], the other video tokens [S, ·]."""
         sizes = [self.num_text_tokens, self._num_prefix_tokens, self.num_scenes * self._num_scene_tokens]
         text, prefix, rest = tokens.split(sizes)
         return text.view(self.num_scenes, -1), prefix, rest.view(self.num_scenes, -1)

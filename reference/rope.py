@@ -8,10 +8,10 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotary_angles(num_frames: int, height: int, width: int, head_dim: int, theta: float) -> Tensor:
-    """Angles [T·height·width, head_dim/2] of the patches of a clip in (t, y, x) order, positions counted from 0.
+    """Angles [T·height·width, head_dim/2] of the patches of a clip in (t, y, x) order; positions count from 0.
 
-    Of the d channels of a head d/4 turn with time, 3d/8 with height and 3d/8 with width; within an axis of m channels,
-    pair j turns by position·theta^(−2j/m).
+    Of the d channels of a head, d/4 encode time, 3d/8 height and 3d/8 width. Within an axis of m channels, the angle of
+    pair j is position·theta^(−2j/m).
     """
     time_dim, space_dim = head_dim // 4, head_dim // 8 * 3
     shape = (num_frames, height, width)
@@ -22,7 +22,7 @@ def rotary_angles(num_frames: int, height: int, width: int, head_dim: int, theta
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turns each pair of neighbouring channels of x [..., L, d]."""
+    """Rotates each pair of neighbouring channels of x [..., L, d]: (a, b) → (a·cos − b·sin, b·cos + a·sin)."""
     cos, sin = (table.to(x.dtype) for table in rotation)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

@@ -30,15 +30,14 @@ class TextEncoder(nn.Module):
             wo.weight, feed_forward.wo = feed_forward.wo.weight, wo
 
     def forward(self, ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.t5(input_ids=ids).last_hidden_state
-        return embeddings
+        return self.t5(input_ids=ids).last_hidden_state
 
 
 class FeedForwardOutput(nn.Linear):
-    """Gives float32, so that the sum that T5's layers add to is float32 from the first feed-forward on.
+    """Returns float32, so that T5's residual stream is float32 after the first feed-forward layer.
 
-    In float16 the product is float32 as well, as in Transformers, which keeps these weights (`wo`) in float32 then:
-    trained ones make values that float16 cannot hold.
+    Trained weights produce values that float16 cannot hold. So with float16 weights the product is computed in float32
+    too, as Transformers does, which keeps these weights (`wo`) in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -43,12 +43,11 @@ class DiffusionTransformer(nn.Module):
         for layer in self.layers:
             x_BLD = layer(x_BLD, t_emb, layout)
         x_BLD = self.transformer_norm(x_BLD)
-        velocity: Tensor = self.final_layer(x_BLD[:, layout.num_text_tokens :], t_emb, layout)
-        return velocity
+        return self.final_layer(x_BLD[:, layout.num_text_tokens :], t_emb, layout)
 
 
 def token_layout(config: TransformerConfig, video: Tensor, text: Tensor) -> TokenLayout:
-    """Where the tokens of these inputs stand. Raises ValueError for sizes the model cannot take."""
+    """The token order of a clip with these inputs. Raises ValueError for sizes that the model cannot take."""
     (_, num_frames, _, height, width), (_, num_scenes, text_length, _) = video.shape, text.shape
     if num_frames != config.attn_length * num_scenes + config.prefix_temporal_length:
         raise ValueError(f"{num_frames} latent frames do not make {num_scenes} segments of {config.attn_length}")
@@ -89,14 +88,15 @@ class PatchEmbedding(nn.Module):
         self.text_proj = nn.Linear(config.text_dim, config.model_dim)
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
-        patches = self.vid_proj(video.flatten(0, 1)).flatten(2).transpose(1, 2)
+        patches = self.vid_proj(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # [B·T, patches, D]
         video_BLD = patches.unflatten(0, (-1, video.shape[1])).flatten(1, 2)
         text_BLD = self.text_proj(text).flatten(1, 2)
         return torch.cat([text_BLD, video_BLD], dim=1)
 
 
 class TransformerLayer(nn.Module):
-    """Sequence modelling and an MLP, each modulated and gated by the timestep, text and video apart."""
+    """Sequence modelling and an MLP, each with a residual. The timestep modulates and gates text and video separately
+    (adaLN of CogVideoX, arXiv 2408.06072, section 2.2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class TransformerLayer(nn.Module):
 
 
 class Modulation:
-    """Shift, scale and gate of one block: video's three in front of text's in `parameters` [B, 6D]."""
+    """Shift, scale and gate of one block, [B, 1, D] each. `parameters` [B, 6D] holds video's three, then text's."""
 
     def __init__(self, parameters: Tensor, num_text_tokens: int) -> None:
         self.num_text_tokens = num_text_tokens
@@ -147,7 +147,7 @@ class Modulation:
 
 
 class MLP(nn.Module):
-    """D → 4D → D with the tanh form of GELU."""
+    """Linear D → 4D, GELU (tanh form), linear 4D → D."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -155,8 +155,7 @@ class MLP(nn.Module):
         self.layer2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer2(functional.gelu(self.layer1(x), approximate="tanh"))
-        return result
+        return self.layer2(functional.gelu(self.layer1(x), approximate="tanh"))
 
 
 class FinalLayer(nn.Module):
@@ -171,7 +170,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, t_emb: Tensor, layout: TokenLayout) -> Tensor:
         shift, scale = self.adaLN_modulation(t_emb).unsqueeze(1).chunk(2, dim=-1)
-        patches: Tensor = self.linear(self.norm(x_BLD) * (1 + scale) + shift)
+        patches = self.linear(self.norm(x_BLD) * (1 + scale) + shift)
         channels, patch = self.config.out_channels, self.config.patch_size
+        # [B, T, y, x, channels, patch_y, patch_x] → [B, T, channels, y, patch_y, x, patch_x] → rows and columns joined
         grid = patches.view(-1, layout.num_frames, layout.height, layout.width, channels, patch, patch)
         return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

@@ -1,12 +1,12 @@
-"""Test-Time Training as a scan: an inner model that is trained on the sequence while it reads it.
+"""Test-Time Training as a scan: an inner model is trained on the sequence while it reads it.
 
-The oracle for every other implementation. From "Learning to (Learn at Test Time)" (arXiv 2407.04620) and "One-Minute
-Video Generation with Test-Time Training" (arXiv 2504.05298).
+Every other implementation is tested against this one. Papers: "Learning to (Learn at Test Time)" (arXiv 2407.04620) and
+"One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298).
 
-For each head, the inner model f (a linear layer, or an MLP with one hidden layer) is to map a key k to its value v, up
-to a residual and a LayerNorm: it minimises ‖LN(f(k)) − (v − k)‖². Tokens come in mini-batches. Each mini-batch makes
-one gradient step on the weights that the mini-batches before it left behind, and is then read with the *new* weights:
-the output of a query q is q + LN(f(q)).
+Each head has an inner model f, a linear layer or an MLP with one hidden layer. It learns to map a key k to its value v;
+the inner loss is ‖LN(f(k)) − (v − k)‖². Tokens are grouped in mini-batches. Each mini-batch takes one gradient step
+from the weights that the previous one left. It is then read with the *updated* weights: the output of a query q is
+q + LN(f(q)).
 
 Shape suffixes: B batch, H heads, N mini-batches (NC in the graphs), C tokens of a mini-batch (CS), F head dimension,
 K hidden dimension of the inner MLP.
@@ -32,7 +32,7 @@ def ttt_linear(
     """TTT-Linear, f(x) = x·W1 + b1.
 
     Queries, keys and values are [B, H, N, C, F], learning rates `eta` [B, H, N, C]; the initial weights may have a
-    batch axis in front. Returns what the queries read, [B, H, N, C, F] in their dtype. All arithmetic is float32.
+    leading batch axis. Returns [B, H, N, C, F] in the dtype of the queries. All arithmetic is float32.
     """
     norm = _HeadNorm(norm_weight_HF, norm_bias_HF)
     W1, b1 = W1_HFF.float(), b1_H1F.float()

@@ -1,4 +1,4 @@
-"""The TTT layer of the transformer: projections and rotary embedding around the scan of `ttt.py`, read both ways.
+"""The TTT layer of the transformer: projections, rotary embedding and learning rates around the scan of `ttt.py`.
 
 Shape suffixes: B batch, L tokens, D model dimension, H heads, F head dimension, N mini-batches, C tokens of one.
 """
@@ -50,21 +50,23 @@ class TTTLayer(nn.Module):
         if layout.num_scenes > 1:
             order = layout.interleaved_order
             q, k, v = (stream.index_select(2, order) for stream in (q, k, v))
-            # As trained: learning rates are cut into mini-batches before the scenes are interleaved. A mini-batch of
-            # the interleaved sequence then takes all the rates of the one its last token was in before.
+            # Trained weights depend on this: learning rates are cut into mini-batches before the scenes are
+            # interleaved. Each mini-batch of the interleaved sequence uses all rates of the original mini-batch that
+            # its last token came from.
             last_tokens = order[self.config.mini_batch_size - 1 :: self.config.mini_batch_size]
             eta = eta.index_select(2, last_tokens // self.config.mini_batch_size)
 
-        q, k, v = (stream.unflatten(2, (-1, self.config.mini_batch_size)) for stream in (q, k, v))
+        q, k, v = (stream.unflatten(2, (-1, self.config.mini_batch_size)) for stream in (q, k, v))  # [B, H, N, C, F]
         out = self.scan(q, k, v, eta, self.ttt_norm_weight, self.ttt_norm_bias, *self.inner_weights())
-        out_BLD: Tensor = self.wo(self.post_norm(out.flatten(2, 3).transpose(1, 2).flatten(2)))
+        # Mini-batches are joined (L), then heads go behind tokens and are merged (D).
+        out_BLD = self.wo(self.post_norm(out.flatten(2, 3).transpose(1, 2).flatten(2)))
         if layout.num_scenes > 1:
             out_BLD = out_BLD.index_select(1, layout.standard_order)
         return out_BLD
 
     def _split_heads(self, x_BLD: Tensor) -> Tensor:
-        x_BHLF: Tensor = x_BLD.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        return x_BHLF
+        """[B, L, D] → [B, H, L, F]."""
+        return x_BLD.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
 
     def _reconstruction_target(self, k_BHLF: Tensor, v_BHLF: Tensor) -> Tensor:
         """The value the inner model is to reach: v − k, standardised (unbiased std) and scaled per head, plus k."""
@@ -80,8 +82,7 @@ class TTTLayer(nn.Module):
         # About 1e-5 at full size, which float16 holds to one digit.
         gate_BHL = torch.sigmoid((logits_BHL + self.learnable_ttt_lr_bias).float())
         eta = config.ttt_base_lr * gate_BHL / config.head_dim / config.mini_batch_size
-        eta_BHNC: Tensor = eta.unflatten(2, (-1, config.mini_batch_size))
-        return eta_BHNC
+        return eta.unflatten(2, (-1, config.mini_batch_size))
 
 
 def _unit_length(x: Tensor) -> Tensor:
@@ -140,5 +141,4 @@ class TTTWrapper(nn.Module):
         self.ttt = {"linear": TTTLinear, "mlp": TTTMLP}[config.ttt](config)
 
     def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
-        result: Tensor = self.ttt(x_BLD, layout)
-        return result
+        return self.ttt(x_BLD, layout)

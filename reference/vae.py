@@ -1,4 +1,4 @@
-"""The decoder of CogVideoX's causal 3D VAE (arXiv 2408.06072, section 2.1), one temporal window at a time.
+"""The decoder of CogVideoX's causal 3D VAE (arXiv 2408.06072, section 2.1). It decodes one temporal window at a time.
 
 Parameter names are those of the original checkpoint (`3d-vae.pt`) under `decoder.`.
 Tensors are [B, channels, T frames, H, W].
@@ -29,7 +29,10 @@ class ConvCache:
         self.frames = dict(frames or {})
 
     def prepend(self, name: str, x: Tensor) -> Tensor:
-        """x with the two frames before it, the first frame repeated at the start of the clip; keeps x's last two."""
+        """Returns x with the two frames before it and keeps its last two for the next window.
+
+        At the start of a clip the first frame is repeated.
+        """
         before = self.frames[name] if name in self.frames else x[:, :, :1].expand(-1, -1, CACHED_FRAMES, -1, -1)
         padded = torch.cat([before, x], dim=2)
         self.frames[name] = padded[:, :, -CACHED_FRAMES:]
@@ -37,7 +40,7 @@ class ConvCache:
 
 
 class VaeDecoder(nn.Module):
-    """Latents → frames in [−1, 1] (not clamped)."""
+    """Latents [B, 16, T, H, W] → frames [B, 3, T', 8H, 8W], nominally in [−1, 1], not clamped."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class VaeDecoder(nn.Module):
                 module.name = name
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames of each window of a clip of latents as the transformer leaves them, in order."""
+        """Yields the frames of each window, in order. `latents` are unscaled, as the transformer gives them."""
         cache = ConvCache()
         for window in windows(latents.shape[2], self.config.temporal_window):
             yield self(latents[:, :, window] / self.config.scale_factor, cache)
@@ -74,8 +77,7 @@ class VaeDecoder(nn.Module):
         x = self.mid["block_2"](x, z, cache)
         for level in reversed(self.up):
             x = level(x, z, cache)
-        frames: Tensor = self.conv_out(functional.silu(self.norm_out(x, z)), cache)
-        return frames
+        return self.conv_out(functional.silu(self.norm_out(x, z)), cache)
 
 
 def windows(num_frames: int, size: int) -> Iterator[slice]:
@@ -88,7 +90,7 @@ def windows(num_frames: int, size: int) -> Iterator[slice]:
 
 
 class CausalConv3d(nn.Module):
-    """3x3x3 convolution that sees two frames back and none ahead; space is padded with zeros."""
+    """3x3x3 convolution that reads the current frame and the two before it; space is padded with zeros."""
 
     name: str
 
@@ -97,24 +99,22 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
-        result: Tensor = self.conv(cache.prepend(self.name, x))
-        return result
+        return self.conv(cache.prepend(self.name, x))
 
 
 class PointwiseConv3d(nn.Module):
-    """1x1x1 convolution, named as the checkpoint names it."""
+    """1x1x1 convolution; the checkpoint calls its weights `conv`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.conv(x)
-        return result
+        return self.conv(x)
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm whose scale and shift are read from the latents at each position."""
+    """GroupNorm whose scale and shift are 1x1x1 convolutions of the latents, resized to the features."""
 
     def __init__(self, channels: int, z_channels: int) -> None:
         super().__init__()
@@ -127,14 +127,13 @@ class SpatialNorm(nn.Module):
         frames, height, width = x.shape[2:]
         size = (frames, height, width)
         scale, shift = resize_nearest(self.conv_y(z), size), resize_nearest(self.conv_b(z), size)
-        normed: Tensor = self.norm_layer(x)
-        return normed * scale + shift
+        return self.norm_layer(x) * scale + shift
 
 
 def resize_nearest(x: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """x at `size` (frames, height, width), by nearest neighbour; of an odd number of frames the first stays single.
+    """x [B, channels, T, H, W] resized to `size` (frames, height, width) by nearest neighbour.
 
-    Every axis grows by a whole factor.
+    Every axis grows by a whole factor, except that the first of an odd number of frames is resized on its own.
     """
     frames = size[0]
     if frames > 1 and frames % 2:
@@ -144,7 +143,7 @@ def resize_nearest(x: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 
 def _repeat(x: Tensor, size: tuple[int, int, int]) -> Tensor:
-    # Not functional.interpolate: its ONNX operator, Resize, is some forty times slower in ONNX Runtime on a CPU.
+    # functional.interpolate exports as Resize, which is about forty times slower in ONNX Runtime on a CPU.
     for dim, target in reversed(list(enumerate(size, start=2))):
         if target != x.shape[dim]:
             x = x.repeat_interleave(target // x.shape[dim], dim=dim)
@@ -167,12 +166,11 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor, cache: ConvCache) -> Tensor:
         h = self.conv1(functional.silu(self.norm1(x, z)), cache)
         h = self.conv2(functional.silu(self.norm2(h, z)), cache)
-        result: Tensor = self.nin_shortcut(x) + h
-        return result
+        return self.nin_shortcut(x) + h
 
 
 class UpLevel(nn.Module):
-    """The residual blocks of one resolution, then the step up to the next."""
+    """The residual blocks of one resolution, then upsampling to the next."""
 
     def __init__(
         self, config: VaeConfig, in_channels: int, out_channels: int, *, upsamples: bool, doubles_time: bool
@@ -199,8 +197,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frames, height, width = x.shape[2:]
         if self.doubles_time:
-            frames = 2 * frames - frames % 2  # the first frame of a clip stays single
+            frames = 2 * frames - frames % 2  # the first frame of a clip is not doubled
         x = resize_nearest(x, (frames, 2 * height, 2 * width))
-        per_frame = self.conv(x.transpose(1, 2).flatten(0, 1))
-        result: Tensor = per_frame.unflatten(0, (-1, frames)).transpose(1, 2)
-        return result
+        per_frame = self.conv(x.transpose(1, 2).flatten(0, 1))  # [B·T, channels, H, W]
+        return per_frame.unflatten(0, (-1, frames)).transpose(1, 2)

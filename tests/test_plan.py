@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_video_engine.cli import app
+from ttt_video_engine.commands.group import load_command
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import transformer_graph
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.sources.source import SeededSource
-from ttt_video_engine.planning import fit
 from ttt_video_engine.planning.flops import text_encoder_flops, transformer_flops, vae_window_flops
 from ttt_video_engine.planning.shapes import ALIGNMENT, file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.reference.text_encoder import TextEncoder
@@ -209,11 +207,10 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
     assert not any(candidate["fits"] for candidate in refused)
     export, sample = found["commands"]
     assert ("--weight-streaming" in export) == ("--gpu-memory" in sample) == ("weight_streaming" in settings)
-    group = typer.main.get_command(app)
     for command in (export, sample):
         program, name, *options = shlex.split(command)
         assert program == "ttt-video"
-        group.commands[name].make_context(name, options)  # type: ignore[attr-defined]  # raises for what is no option
+        load_command(name).make_context(name, options)  # raises for what is no option
 
 
 @pytest.mark.parametrize(
@@ -227,7 +224,7 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
 def test_whether_plans_can_be_built_here(
     run: Run, monkeypatch: pytest.MonkeyPatch, free: int | None, expected: str
 ) -> None:
-    monkeypatch.setattr(fit, "available_ram", lambda: free)
+    monkeypatch.setattr("ttt_video_engine.commands.plan.available_ram", lambda: free)
     _, out, _ = run(*MUST_SHOW, "80GB")
     assert f"\nbuilding the plans: {expected}\n" in out
     assert max(map(len, out.splitlines())) <= 100

@@ -1,10 +1,11 @@
-"""The components as flat graphs: named tensors in, named tensors out.
+"""The components as flat graphs with named input and output tensors.
 
-Latents, embeddings and frames are float32 at every border, whatever precision a component computes in, so that the
-runtime needs no other; only the VAE's caches, which no one else reads, have the component's own dtype.
+Latents, embeddings and frames are float32, whatever precision a component computes in, so the runtime needs no other
+dtype. The VAE's caches, which only the VAE reads, have the component's own dtype.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,18 @@ from ttt_video_engine.runtime.bundle import (
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 
 
-def component_graphs(module: nn.Module, model: ModelConfig, lengths: Sequence[str]) -> list[Graph]:
-    """All graphs of a component, those that need one for each of `lengths`."""
+def component_graphs(
+    module: nn.Module, model: ModelConfig, lengths: Sequence[str], *, inline: bool = False
+) -> list[Graph]:
+    """All graphs of a component; the transformer has one for each of `lengths`. `inline` as in Graph."""
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
-        return [transformer_graph(module, model, length) for length in lengths]
+        return [replace(transformer_graph(module, model, length), inline=inline) for length in lengths]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
-    raise TypeError(f"{type(module).__name__} is no component")
+    raise TypeError(f"{type(module).__name__} is not a component")
 
 
 def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:
@@ -66,7 +69,7 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
 
 
 def transformer_inputs(size: ClipSize, channels: int, text_dim: int) -> tuple[Input, ...]:
-    """Inputs of one clip for both branches of guidance; only the batch is free."""
+    """Inputs of the transformer; only the batch axis is free."""
     examples = {
         "latents": torch.empty(2, size.num_frames, channels, size.height, size.width),
         "text": torch.empty(2, size.num_scenes, size.text_length, text_dim),
@@ -76,7 +79,10 @@ def transformer_inputs(size: ClipSize, channels: int, text_dim: int) -> tuple[In
 
 
 def vae_graphs(decoder: VaeDecoder, *, height: int, width: int) -> tuple[Graph, Graph]:
-    """The first window and every other: latents [1, T, C, H, W] (and caches) → frames [1, 3, T', 8H, 8W], caches."""
+    """Graphs of the first window and of every later one.
+
+    latents [1, T, C, H, W] and, but for the first window, caches → frames [1, 3, T', 8H, 8W] and caches.
+    """
     config = decoder.config
     caches = [name for name, module in decoder.named_modules() if isinstance(module, CausalConv3d)]
     outputs = ("frames", *(CACHE_OUT + name for name in caches))
@@ -103,8 +109,7 @@ class TextEncoderGraph(nn.Module):
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.encoder(ids)
-        return embeddings.float()
+        return self.encoder(ids).float()
 
 
 class TransformerGraph(nn.Module):
@@ -114,12 +119,11 @@ class TransformerGraph(nn.Module):
 
     def forward(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
         dtype = self.transformer.transformer_norm.weight.dtype
-        velocity: Tensor = self.transformer(latents.to(dtype), text.to(dtype), timestep)
-        return velocity.float()
+        return self.transformer(latents.to(dtype), text.to(dtype), timestep).float()
 
 
 class VaeGraph(nn.Module):
-    """One window of decoding; the caches come and go as tensors in the order of `caches`."""
+    """Decodes one window; cache tensors are inputs and outputs in the order of `caches`."""
 
     def __init__(self, decoder: VaeDecoder, caches: Sequence[str], *, first: bool) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
-from ttt_video_engine.export.graphs.ttt_op import add_function_body, scans_as_nodes
+from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType, TensorDType
@@ -60,9 +60,10 @@ class Input:
 class Graph:
     """One graph to be exported: a module with named inputs and outputs.
 
-    Weights and inputs are looked at for their shapes and dtypes alone, so that they may be with_placeholder_weights. `ttt` is the kind of
-    its TTT nodes where it has some, `length` that of the clips where it depends on one, `layers` the name of the layers
-    in the module where all are alike.
+    Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
+    of its TTT nodes, None without any. `length` is the clip length that the graph is for, `layers` the name of the
+    module's list of identical layers, empty without one. With `inline`, TTT nodes
+    are written as standard operators.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Graph:
     ttt: TTTKind | None = None
     length: str = "any"
     layers: str = ""
+    inline: bool = False
 
     @property
     def component(self) -> str:
@@ -121,12 +123,17 @@ def _traced(graph: Graph) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None = None) -> None:
-    """Writes the graph beside its weights, with the body of its TTT nodes where it has some. Checked by onnx."""
+def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None = None, *, inline: bool = False) -> None:
+    """Writes the graph beside its weights, with the body of its TTT nodes where it has some. Checked by onnx.
+
+    With `inline` the body takes the place of each node.
+    """
     weights.attach(model)
     proto = ir.to_proto(model)
     if ttt is not None:
         add_function_body(proto, ttt)
+    if inline:
+        proto = inline_function_body(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     _check(proto)
 

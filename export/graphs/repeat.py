@@ -1,8 +1,8 @@
-"""A deep transformer's graph from a shallow one's: layers are alike, and tracing each costs seconds.
+"""Makes the graph of a deep transformer from a shallow one. Layers are identical, and tracing each takes seconds.
 
-A shallow module of two layers is traced with a mark after each. The last of them is the pattern: it is repeated, with
-the weights of the layers to come, and what followed it reads the last repetition. The first layer is no pattern, since
-what all layers share is computed there.
+The first two layers are traced, with a marker node after each. The second is the pattern: it is copied once for each
+remaining layer, with that layer's weights. The first layer cannot be the pattern, because it also computes what all
+layers share.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,9 @@ _MARK = "EndOfLayer"
 
 @contextmanager
 def first_layers_only(module: nn.Module, layers: str) -> Iterator[int]:
-    """While open, only the first `TRACED` of the module's `layers` are there, each with a mark; gives how many it has.
+    """Within the block, `module` has only the first `TRACED` of its `layers`, each followed by a marker node.
 
-    Does nothing where there are no more, or `layers` is empty.
+    Yields the full number of layers. Does nothing if there are no more than `TRACED`, or if `layers` is empty.
     """
     owner, _, name = layers.rpartition(".")
     whole = getattr(module.get_submodule(owner), name) if layers else nn.ModuleList()
@@ -47,9 +47,9 @@ def _mark(layer: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tenso
 
 
 def repeat_last_layer(model: ir.Model, prefix: str, num_layers: int) -> None:
-    """Makes `num_layers` of the `TRACED` layers in `model`, whose weights are named `{prefix}{layer}.…`. In place.
+    """Extends `model` in place from `TRACED` layers to `num_layers`. Weights are named `{prefix}{layer}.…`.
 
-    Weights of the new layers are initializers of the right shape and dtype, without values of their own.
+    Weights of the new layers are initializers of the right shape and dtype; their values are those of the pattern.
     """
     graph = model.graph
     marks = [node for node in graph if node.op_type == _MARK]
@@ -59,8 +59,8 @@ def repeat_last_layer(model: ir.Model, prefix: str, num_layers: int) -> None:
     for layer in range(TRACED, num_layers):
         new = {start: layer_output}
         for node in pattern:
-            copy = _copied(node, new, partial(_weight, graph, prefix, layer))
-            graph.insert_before(marks[-1], copy)
+            copied = _copy(node, new, partial(_weight, graph, prefix, layer))
+            graph.insert_before(marks[-1], copied)
         layer_output = new[end]
     ir.convenience.replace_all_uses_with(marks[-1].outputs[0], layer_output)
     for mark in marks[:-1]:
@@ -69,7 +69,7 @@ def repeat_last_layer(model: ir.Model, prefix: str, num_layers: int) -> None:
 
 
 def _nodes_of_last_layer(graph: ir.Graph, marks: list[ir.Node], prefix: str) -> list[ir.Node]:
-    """Nodes that read the last layer's weights or input, or what such a node gives, but not the mark at its end."""
+    """Nodes of the last traced layer: those that read its weights or its input, directly or through other nodes."""
     inside, after = {marks[-2].outputs[0]}, {marks[-1].outputs[0]}
     weights = f"{prefix}{TRACED - 1}."
     nodes = []
@@ -85,8 +85,8 @@ def _nodes_of_last_layer(graph: ir.Graph, marks: list[ir.Node], prefix: str) -> 
     return nodes
 
 
-def _copied(node: ir.Node, new: dict[ir.Value, ir.Value], weight: Callable[[ir.Value], ir.Value]) -> ir.Node:
-    """The node with what it reads replaced by what `new` has for it, which then has its outputs too."""
+def _copy(node: ir.Node, new: dict[ir.Value, ir.Value], weight: Callable[[ir.Value], ir.Value]) -> ir.Node:
+    """A copy of the node whose inputs are mapped through `new`, to which its outputs are added."""
     copy = ir.Node(
         node.domain,
         node.op_type,
@@ -103,7 +103,7 @@ def _copied(node: ir.Node, new: dict[ir.Value, ir.Value], weight: Callable[[ir.V
 
 
 def _weight(graph: ir.Graph, prefix: str, layer: int, value: ir.Value) -> ir.Value:
-    """The weight of another layer in place of that of the pattern; what is no such weight is shared by all."""
+    """The given layer's weight in place of the pattern's. Any other value is shared by all layers."""
     name = value.name or ""
     pattern = f"{prefix}{TRACED - 1}."
     if not name.startswith(pattern):
@@ -118,5 +118,5 @@ def _weight(graph: ir.Graph, prefix: str, layer: int, value: ir.Value) -> ir.Val
 def _only(values: Sequence[ir.Value | None]) -> ir.Value:
     (value,) = values
     if value is None:
-        raise ValueError("a mark has lost its input")
+        raise ValueError("a marker node has no input")
     return value

@@ -1,8 +1,8 @@
-"""The TTT scan as an ONNX operator: one node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and a body any runtime can run.
+"""The TTT scan as an ONNX operator: a node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and its function body.
 
-The node is what a plugin replaces. Its body, an ONNX function of the same name, computes the recurrence of
-`reference/ttt.py` in the order that costs a runtime the fewest operators per mini-batch: all that does not depend on
-the inner weights is done for the whole sequence before the loop (targets) or after it (the norm of what queries read).
+A plugin replaces the node. The body, an ONNX function of the same name in standard operators, computes the recurrence
+of `reference/ttt.py` with few operators per mini-batch: what does not depend on the inner weights is computed for the
+whole sequence, before the loop (targets) or after it (the norm of the outputs).
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from ttt_video_engine.reference.ttt_layer import TTTLayer
@@ -20,10 +22,10 @@ from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, VERSION
 
 @contextmanager
 def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
-    """Within the block every TTT layer of `module` traces to one custom node instead of its scan."""
+    """Within the block, every TTT layer of `module` is traced as one custom node instead of its scan."""
 
     def scan(queries: Tensor, *rest: Tensor) -> Tensor:
-        # TensorRT's parser takes a plugin for the node only from the namespace that the node itself names.
+        # TensorRT's parser uses a plugin only if the node names the plugin's namespace.
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP_TYPES[kind]}",
             (queries, *rest),
@@ -44,18 +46,29 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
 
 
 def function_body(kind: TTTKind, opset: int) -> onnx.FunctionProto:
-    """The function of the node, in standard operators of `opset`, which must be the model's."""
+    """The node's function in standard operators. `opset` must be the model's."""
     function = onnx.parser.parse_function({"linear": _LINEAR, "mlp": _MLP}[kind])
     function.opset_import.append(onnx.helper.make_opsetid("", opset))
     return function
 
 
 def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
-    """Gives a model with TTT nodes the function that runs them."""
+    """Adds to a model with TTT nodes the function that defines them."""
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     model.functions.append(function_body(kind, opset))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+
+
+def inline_function_body(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the body in place of each TTT node, for runtimes that know no functions.
+
+    Weights keep their names and places. onnx's own inliner would leave the domain among the opsets.
+    """
+    inlined = ir.from_proto(model)
+    passes.InlinePass()(inlined)
+    passes.RemoveUnusedOpsetsPass()(inlined)
+    return ir.to_proto(inlined)
 
 
 # Before the loop. `target` is γ·(v − k − β), so that the gradient of the

@@ -30,15 +30,15 @@ TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 
 """Largest error over the largest reference value."""
 
 Cases = dict[str, list[Tensor]]
-"""What is run: inputs in the order of the graph, by a name."""
+"""Name of a case → its inputs, in the order of the graph."""
 
 
 @dataclass
 class Gate:
-    """Holds the graphs of a model to its reference, in float32.
+    """Compares the graphs of a model with its reference, which runs in float32.
 
-    A model that is too large to run where it is exported is held by a part of it (`reduced.py`): a graph of that part
-    is exported for the occasion, and reads the part's weights where they lie in the file of the whole.
+    A model that is too large for the exporting machine is compared by a subset of it (`shrink.py`): a graph of the
+    subset is exported temporarily and reads its weights from the full model's file.
     """
 
     model: ModelConfig
@@ -48,17 +48,17 @@ class Gate:
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._model = shrink_config(self.model)
+        self._subset_model = shrink_config(self.model)
 
     def part(self, component: str) -> str:
-        """What is run in place of a component that is too large; empty where it is run whole."""
-        return describe_subset(component, self._model, self.model)
+        """Describes the subset that runs in place of a component that is too large; empty if the whole one runs."""
+        return describe_subset(component, self._subset_model, self.model)
 
     def check(self, graph: Graph, path: Path, weights: WeightFile) -> tuple[ParityCheck, ...]:
-        """Runs random inputs, and real text where there is text, through the file at `path` and the reference.
+        """Runs random inputs, and real text where a graph takes text, through the file at `path` and the reference.
 
-        A bfloat16 graph runs with its own weights and constants but float32 between them: see `widen.py`. Raises
-        CheckFailed where an output has a NaN or is over tolerance.
+        A bfloat16 graph runs with its own weights and constants and float32 arithmetic (`graphs/upcast.py`). Raises
+        CheckFailed for an output that has a NaN or is over tolerance.
         """
         cases, expected = self._run_reference(graph)
         with self._runnable(graph, path, weights) as runnable:
@@ -73,7 +73,7 @@ class Gate:
 
     @torch.no_grad()
     def _run_reference(self, graph: Graph) -> tuple[Cases, dict[str, list[Tensor]]]:
-        """Inputs, and what the reference makes of them. It is gone before the graph is loaded."""
+        """Inputs and the reference's outputs by case. The reference is freed before the graph is loaded."""
         text = self._embedded(graph.length) if graph.component == "transformer" else None
         reference = self._reference(graph.component, graph.name, graph.length)
         cases = random_cases(reference)
@@ -83,31 +83,31 @@ class Gate:
             latents, _, timestep = next(iter(cases.values()))
             cases["real text"] = [latents, text, timestep]
         if self.part(graph.component):
-            cases.pop("random, batch 2", None)  # real text is a batch of two as well; each takes minutes
+            cases.pop("random, batch 2", None)  # real text has batch 2 as well, and each takes minutes
         return cases, {name: _as_list(reference.module(*case)) for name, case in cases.items()}
 
     def _reference(self, component: str, name: str, length: str) -> Graph:
-        return _named(name, component_graphs(self._reduced(component).load(), self._model, [length]))
+        return _named(name, component_graphs(self._subset(component).load(), self._subset_model, [length]))
 
-    def _reduced(self, component: str) -> Component[nn.Module]:
+    def _subset(self, component: str) -> Component[nn.Module]:
         whole = self.components[component]
-        return shrink_component(component, whole, self._model, self.model) if self.part(component) else whole
+        return shrink_component(component, whole, self._subset_model, self.model) if self.part(component) else whole
 
     @contextmanager
     def _runnable(self, graph: Graph, path: Path, weights: WeightFile) -> Iterator[Path]:
-        """The graph that is checked: the one at `path`, or beside it one of a part."""
+        """Yields the path of the graph to run: `path`, or a temporary graph of the subset beside it."""
         if not self.part(graph.component):
             yield path
             return
-        module = with_placeholder_weights(self._reduced(graph.component).build, TORCH_DTYPES[self.dtype])
-        part = _named(graph.name, component_graphs(module, self._model, [graph.length]))
+        module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
+        part = _named(graph.name, component_graphs(module, self._subset_model, [graph.length]))
         places = {
-            name: weights.places[full_weight_name(graph.component, name, self._model, self.model)]
+            name: weights.places[full_weight_name(graph.component, name, self._subset_model, self.model)]
             for name in part.module.state_dict()
         }
         target = path.with_name(f".part.{path.name}")
         try:
-            save(trace(part), target, WeightFile(weights.path, places), part.ttt)
+            save(trace(part), target, WeightFile(weights.path, places), part.ttt, inline=graph.inline)
             yield target
         finally:
             target.unlink(missing_ok=True)
@@ -115,10 +115,10 @@ class Gate:
     def _compare(
         self, graph: Graph, path: Path, cases: Cases, expected: dict[str, list[Tensor]]
     ) -> Iterator[ParityCheck]:
-        with _open(path, self.dtype) as engine:
+        with _open(path, self.dtype) as runner:
             for name, case in cases.items():
-                feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(engine.inputs, case, strict=True)}
-                found = engine.run(feeds)
+                feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(runner.inputs, case, strict=True)}
+                found = runner.run(feeds)
                 outputs = zip(graph.outputs, expected[name], strict=True)
                 errors = [_error(graph, name, output, found[output], tensor) for output, tensor in outputs]
                 yield ParityCheck(
@@ -131,10 +131,10 @@ class Gate:
 
     def _prompts(self, length: str) -> Tensor:
         """Token ids [2·S, N] of real text."""
-        return real_prompts(self.tokenizer, self._model, length).flatten(0, 1)
+        return real_prompts(self.tokenizer, self._subset_model, length).flatten(0, 1)
 
     def _embedded(self, length: str) -> Tensor:
-        """Embeddings [2, S, N, text_dim] of real text. The encoder is loaded once, for all lengths."""
+        """Embeddings [2, S, N, text_dim] of real text. The encoder is loaded once for all lengths."""
         if not self._embeddings:
             encoder = self._reference("text_encoder", TEXT_ENCODER, length).module
             for other in self.model.text_lengths:
@@ -143,7 +143,7 @@ class Gate:
 
 
 def random_cases(graph: Graph) -> Cases:
-    """Inputs for a graph: its batch of two, and the first of it alone."""
+    """Random inputs for a graph: batch 2 and batch 1 if its batch is free, else one case."""
     generator = torch.Generator().manual_seed(0)
     examples = [
         torch.randn(spec.example.shape, generator=generator) if spec.example.is_floating_point() else spec.example
@@ -166,17 +166,17 @@ def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def _open(path: Path, dtype: DType) -> Iterator[OnnxRuntimeRunner]:
     signature = read_signature(path)
     if dtype != "bfloat16":
-        with OnnxRuntimeRunner(path, *signature) as engine:
-            yield engine
+        with OnnxRuntimeRunner(path, *signature) as runner:
+            yield runner
         return
-    inputs, outputs = (tuple(_wide(spec) for spec in specs) for specs in signature)
+    inputs, outputs = (tuple(_as_float32(spec) for spec in specs) for specs in signature)
     with TemporaryDirectory(prefix="ttt-video-parity-") as folder:
         wide = upcast_bfloat16(path, Path(folder) / "model.onnx")
-        with OnnxRuntimeRunner(wide, inputs, outputs) as engine:
-            yield engine
+        with OnnxRuntimeRunner(wide, inputs, outputs) as runner:
+            yield runner
 
 
-def _wide(spec: TensorSpec) -> TensorSpec:
+def _as_float32(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 

@@ -1,4 +1,4 @@
-"""Prompts of real prose for the parity gate: the statistics of random numbers are not those of language."""
+"""Prompts of real prose for the parity gate. Random token ids have other statistics than language."""
 
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from ttt_video_engine.runtime.tokenizer import SceneTokenizer
 
 
 def real_prompts(tokenizer: Path, model: ModelConfig, length: str) -> Tensor:
-    """Token ids [2, S, N] of a storyboard with transitions: the prompts, then the negative prompts."""
+    """Token ids [2, S, N] of a storyboard with transitions: prompts first, then negative prompts."""
     size = model.clip_size(length)
     paragraphs = cycle(paragraph for paragraph in tiny_prose().split("\n\n") if paragraph.strip())
     scenes = tuple(

@@ -1,7 +1,7 @@
-"""Recordings of the public code, run again: by the PyTorch reference, and by graphs exported on the spot.
+"""Compares recordings of the public code with the PyTorch reference and with freshly exported graphs.
 
-A recording is a safetensors file with weights, inputs and the outputs that the public code gave for them. What it
-records is told by the name of its output; sizes come from its metadata and its tensors.
+A recording is a safetensors file with weights, inputs and the outputs of the public code. The name of its output says
+what it records; sizes come from its metadata and its tensors.
 """
 
 import json
@@ -46,7 +46,7 @@ Errors = tuple[float, float]
 """The largest absolute error of the reference, and of ONNX Runtime."""
 
 STAND_IN = "v = 0.6*tanh(x) + 0.2*cos(t/100) + 0.1*mean(text) + 0.05*std_unbiased(text)*x"
-"""The network of the sampler's recordings, as their config spells it; mean and std are over all of the text."""
+"""The network in recordings of the sampler, as their config spells it; mean and std are over the whole text."""
 
 _SAMPLERS: dict[str, Sampler] = {"VPSDEDPMPP2M": "dpmpp-2m-sde"}
 _TTT_KINDS: dict[str, TTTKind] = {"ttt_linear": "linear", "ttt_mlp": "mlp"}
@@ -58,7 +58,7 @@ _Config = TypeVar("_Config", bound=msgspec.Struct)
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the reference and ONNX Runtime are from one recording: largest absolute errors, infinite for NaN."""
+    """Largest absolute errors of the reference and of ONNX Runtime on one recording; infinite for NaN."""
 
     recording: str
     kind: Kind
@@ -67,10 +67,10 @@ class Comparison:
 
 
 def compare_recordings(folder: Path, on_start: Callable[[str], None] | None = None) -> Iterator[Comparison]:
-    """Compares every `*.safetensors` of `folder`, by name; `on_start` is called with the name of each before it is run.
+    """Compares every `*.safetensors` in `folder`, in the order of names; calls `on_start` with the name before each.
 
-    Raises CheckpointError, at once, where the folder or recordings are missing, and later for a file that is damaged or
-    no recording; ConfigError for one whose config no model can have.
+    Raises CheckpointError immediately if the folder or its recordings are missing, and later for a file that is damaged
+    or not a recording; ConfigError for a config that no model can have.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder; give the one that holds the recordings")
@@ -101,18 +101,17 @@ class _Recording:
     metadata: Mapping[str, str]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as float32. Raises CheckpointError where the recording lacks it or it is empty."""
+        """A tensor as float32. Raises CheckpointError if it is missing or empty."""
         if name not in self.tensors or not self.tensors[name].numel():
             raise CheckpointError(f"{self.path}: {name} is missing or empty; record it again")
         return self.tensors[name].float()
 
     def array(self, name: str) -> Array:
         """A tensor as a float32 array."""
-        array: Array = self.tensor(name).numpy()
-        return array
+        return np.asarray(self.tensor(name).numpy(), np.float32)
 
     def config(self) -> dict[str, object]:
-        """The metadata entry `config`. Raises CheckpointError where it is no JSON object."""
+        """The metadata entry `config`. Raises CheckpointError if it is not a JSON object."""
         try:
             config = json.loads(self.metadata["config"])
         except (KeyError, ValueError):
@@ -122,7 +121,7 @@ class _Recording:
         return config
 
     def config_as(self, struct: type[_Config], **fields: object) -> _Config:
-        """Those entries of the config that `struct` has, and `fields`. Raises ConfigError where they do not fit."""
+        """A `struct` from the config's entries of the same names and from `fields`. Raises ConfigError."""
         known = {name: value for name, value in self.config().items() if name in struct.__struct_fields__}
         try:
             return msgspec.convert({**known, **fields}, struct)
@@ -130,14 +129,14 @@ class _Recording:
             raise ConfigError(f"{self.path}: config: {error}; record it again") from error
 
     def choice(self, field: str, choices: Mapping[str, str]) -> str:
-        """An entry of the config that is one of `choices`. Raises ConfigError where it is not."""
+        """An entry of the config. Raises ConfigError if it is not one of `choices`."""
         value = self.config().get(field)
         if not isinstance(value, str) or value not in choices:
             raise ConfigError(f"{self.path}: config: {field} is {value!r}: must be one of {', '.join(choices)}")
         return value
 
     def load_into(self, module: nn.Module, prefix: str) -> None:
-        """Fills every weight of `module`. Raises CheckpointError naming the first that is missing, unknown or odd."""
+        """Fills every weight of `module`. Raises CheckpointError for one that is missing, unknown or misshapen."""
         weights = {name.removeprefix(prefix): self.tensor(name) for name in self.tensors if name.startswith(prefix)}
         wanted = module.state_dict()
         for name in sorted(weights.keys() | wanted.keys()):
@@ -149,7 +148,7 @@ class _Recording:
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """What torch says of sizes that do not go together, as a CheckpointError; names the file in a ConfigError."""
+        """Turns torch's errors about sizes into a CheckpointError, and adds the file to a ConfigError."""
         try:
             yield
         except ConfigError as error:
@@ -159,7 +158,7 @@ class _Recording:
             raise CheckpointError(f"{self.path}: inputs do not fit the model ({cause}); record it again") from error
 
     def error(self, output: str, found: Array) -> float:
-        """Largest absolute difference to a recorded output. Raises CheckpointError where the shapes differ."""
+        """Largest absolute difference from a recorded output. Raises CheckpointError if the shapes differ."""
         recorded = self.array(output)
         if found.shape != recorded.shape:
             shapes = f"{list(recorded.shape)}, the model gives {list(found.shape)}"
@@ -173,7 +172,7 @@ _Compare = Callable[[_Recording, Path], Errors]
 
 
 def _load(path: Path) -> _Recording:
-    """Reads a whole recording. Raises CheckpointError where the file is damaged."""
+    """Reads a whole recording. Raises CheckpointError if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
@@ -184,7 +183,7 @@ def _load(path: Path) -> _Recording:
 
 
 def _kind(recording: _Recording) -> tuple[Kind, _Compare]:
-    """What a recording records, by its output. Raises CheckpointError where it has none that is known."""
+    """The kind of a recording, by the name of its output. Raises CheckpointError if none is known."""
     kinds: dict[str, tuple[Kind, _Compare]] = {
         "output.velocity": ("transformer", _compare_transformer),
         "output.XQW": ("ttt scan", _compare_scan),
@@ -212,18 +211,18 @@ def _compare_transformer(recording: _Recording, folder: Path) -> Errors:
     graph = _recorded_transformer(transformer, config, video, text)
     if torch.equal(timestep, timestep.round()):
         timestep = timestep.long()
-    else:  # the exported graphs take whole timesteps; the recording's needs one that does not
+    else:  # exported graphs take int64 timesteps; this recording has a fractional one
         inputs = [replace(i, example=i.example.float()) if i.name == "timestep" else i for i in graph.inputs]
         graph = replace(graph, inputs=tuple(inputs))
     arrays = {"latents": video.numpy(), "text": text.numpy(), "timestep": timestep.numpy()}
-    with _open(*_export([graph], folder)) as engine:
-        return reference_error, recording.error("output.velocity", np.asarray(engine.run(arrays)["velocity"]))
+    with _open(*_export([graph], folder)) as runner:
+        return reference_error, recording.error("output.velocity", np.asarray(runner.run(arrays)["velocity"]))
 
 
 def _recorded_transformer(
     transformer: DiffusionTransformer, config: TransformerConfig, video: Tensor, text: Tensor
 ) -> Graph:
-    """`components.transformer_graph` for the clip of these inputs, whatever length it has."""
+    """As `components.transformer_graph`, for a clip of any length."""
     (_, num_frames, channels, height, width), (_, num_scenes, text_length, text_dim) = video.shape, text.shape
     size = ClipSize(num_scenes=num_scenes, num_frames=num_frames, height=height, width=width, text_length=text_length)
     inputs = transformer_inputs(size, channels, text_dim)
@@ -233,7 +232,7 @@ def _recorded_transformer(
 
 
 def _compare_scan(recording: _Recording, folder: Path) -> Errors:
-    """XQ, XK, XV [B, H, NC, CS, F], eta [B, H, NC, CS], norm [H, F], inner weights with or without batch → XQW."""
+    """XQ, XK, XV [B, H, NC, CS, F], eta [B, H, NC, CS], norm [H, F], inner weights (batched or not) → XQW."""
     ttt: TTTKind = "mlp" if "input.W2" in recording.tensors else "linear"
     names = ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", *_INNER_WEIGHTS[ttt])
     inputs = {name: recording.tensor(f"input.{name}") for name in names}
@@ -243,8 +242,8 @@ def _compare_scan(recording: _Recording, folder: Path) -> Errors:
 
     path = folder / "scan.onnx"
     path.write_bytes(_scan_model(ttt, inputs).SerializeToString())
-    with _open(path) as engine:
-        outputs = engine.run({name: value.contiguous().numpy() for name, value in inputs.items()})
+    with _open(path) as runner:
+        outputs = runner.run({name: value.contiguous().numpy() for name, value in inputs.items()})
     return reference_error, recording.error("output.XQW", np.asarray(outputs["XQW"]))
 
 
@@ -265,7 +264,7 @@ def _scan_model(ttt: TTTKind, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
 
 
 def _compare_vae(recording: _Recording, folder: Path) -> Errors:
-    """latents [B, C, T, H, W] as the transformer leaves them → frames [B, 3, T', 8H, 8W], not clamped."""
+    """Unscaled latents [B, C, T, H, W] → frames [B, 3, T', 8H, 8W], not clamped."""
     config = recording.config_as(VaeConfig)
     decoder = VaeDecoder(config).eval()
     recording.load_into(decoder, "param.decoder.")
@@ -281,12 +280,12 @@ def _compare_vae(recording: _Recording, folder: Path) -> Errors:
 
 
 def _decode(first: OnnxRuntimeRunner, following: OnnxRuntimeRunner, latents: Tensor, window_size: int) -> Array:
-    """Frames [1, 3, T', 8H, 8W] of one clip [1, T, C, H, W], window after window."""
+    """Frames [1, 3, T', 8H, 8W] of one clip [1, T, C, H, W], decoded window by window."""
     frames: list[NDArray[np.generic]] = []
     caches: dict[str, NDArray[np.generic]] = {}
     for window in windows(latents.shape[1], window_size):
-        engine = following if caches else first
-        outputs = engine.run({"latents": latents[:, window].contiguous().numpy(), **caches})
+        runner = following if caches else first
+        outputs = runner.run({"latents": latents[:, window].contiguous().numpy(), **caches})
         frames.append(outputs.pop("frames"))
         caches = {CACHE_IN + name.removeprefix(CACHE_OUT): cache for name, cache in outputs.items()}
     return np.concatenate(frames, axis=2).astype(np.float32, copy=False)
@@ -306,12 +305,12 @@ def _compare_sampler(recording: _Recording, folder: Path) -> Errors:
     x, text = recording.tensor("input.noise"), recording.tensor("input.text")
     examples = {"x": x, "text": text, "timestep": torch.tensor([999])}
     inputs = tuple(Input(name, example, {}) for name, example in examples.items())
-    with _open(*_export([Graph("stand-in", "stand-in.onnx", _StandIn(), inputs, ("velocity",))], folder)) as engine:
+    with _open(*_export([Graph("stand-in", "stand-in.onnx", _StandIn(), inputs, ("velocity",))], folder)) as runner:
 
         def in_onnx(x: Array, timestep: int) -> tuple[Array, Array]:
             t = np.array([timestep])
             unconditional, conditional = (
-                np.asarray(engine.run({"x": x, "text": text, "timestep": t})["velocity"], np.float32) for text in texts
+                np.asarray(runner.run({"x": x, "text": text, "timestep": t})["velocity"], np.float32) for text in texts
             )
             return unconditional, conditional
 
@@ -349,7 +348,7 @@ class _StandIn(nn.Module):
 
 
 def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
-    """Exports the graphs of one component, which share their weights, as a bundle has them."""
+    """Exports the graphs of one component, which share a weight file. Returns their paths."""
     weights = write_module(graphs[0].module, folder / "model.onnx_data")
     paths = [folder / Path(graph.file).name for graph in graphs]
     for graph, path in zip(graphs, paths, strict=True):

@@ -1,6 +1,6 @@
-"""A model that can be run where the whole one cannot: its first and last layers, with their weights, on small clips.
+"""A subset of a model that runs where the whole one is too large: its first and last layers on small clips.
 
-What is left out are repetitions: of a layer, of patches, of text tokens. Widths, scenes and frames stay as they are.
+Only repetitions are left out: of layers, patches and text tokens. Widths, scenes and frames stay.
 """
 
 import re
@@ -18,17 +18,17 @@ from ttt_video_engine.runtime.config import ModelConfig
 
 MOST_PIXELS = 256 * 256
 MOST_MATRICES = 1 << 27
-"""Layers times squared width: beyond it a component takes gigabytes and a step minutes."""
+"""Layers × width². A larger component takes gigabytes, and a step of it minutes."""
 
 LAYERS = 2
 FEWEST_TOKENS = 8
-"""Of a scene's text: room for the scene tokens and the end of the text."""
+"""Text tokens of a scene: room for the scene tokens and the end of the text."""
 
 _LAST_LAYER = re.compile(rf"\b(layers|encoder\.block)\.{LAYERS - 1}\.")
 
 
 def shrink_config(model: ModelConfig) -> ModelConfig:
-    """The model as it is where it is small, else with two layers and clips of few tokens that fill mini-batches."""
+    """A small model unchanged; a large one with two layers, and clips of few tokens that fill whole mini-batches."""
     transformer, encoder = model.transformer, model.text_encoder
     if transformer.num_layers * transformer.model_dim**2 > MOST_MATRICES:
         transformer = replace(transformer, num_layers=min(LAYERS, transformer.num_layers))
@@ -37,7 +37,7 @@ def shrink_config(model: ModelConfig) -> ModelConfig:
     model = replace(model, transformer=transformer, text_encoder=encoder)
     if model.width * model.height <= MOST_PIXELS:
         return model
-    # Equal remainders leave the tokens of every length a multiple of the mini-batch.
+    # The remainder modulo the mini-batch stays, so the tokens of every length still fill whole mini-batches.
     step, mini_batch = transformer.patch_size * model.vae.spatial_factor, transformer.mini_batch_size
     patches = (model.width // step) * (model.height // step)
     sides = ((w, h) for h in range(2, 2 + mini_batch) for w in range(h, h + mini_batch))
@@ -56,7 +56,7 @@ def shrink_config(model: ModelConfig) -> ModelConfig:
 def shrink_component(
     name: str, component: Component[nn.Module], part: ModelConfig, whole: ModelConfig
 ) -> Component[nn.Module]:
-    """A component of the model `part`, with weights of the whole one."""
+    """A component of the model `part` with the weights of the whole one."""
     builds: dict[str, Callable[[], nn.Module]] = {
         "text_encoder": lambda: TextEncoder(part.text_encoder),
         "transformer": lambda: DiffusionTransformer(part.transformer),
@@ -68,13 +68,13 @@ def shrink_component(
 
 
 def full_weight_name(component: str, weight: str, part: ModelConfig, whole: ModelConfig) -> str:
-    """The weight of the whole component that one of its part is: the last layer of one is the last of the other."""
+    """The name in the whole component of a weight of its part: last layers correspond to last layers."""
     kept, num_layers = _layers(component, part), _layers(component, whole)
     return weight if kept == num_layers else _LAST_LAYER.sub(rf"\1.{num_layers - 1}.", weight)
 
 
 def describe_subset(component: str, part: ModelConfig, whole: ModelConfig) -> str:
-    """A few words for a reduced component; empty where it is whole."""
+    """A few words that describe the part of a component; empty if it is the whole component."""
     words = []
     if _layers(component, part) != _layers(component, whole):
         words.append(f"{_layers(component, part)} of {_layers(component, whole)} layers")

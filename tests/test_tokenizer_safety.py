@@ -1,6 +1,7 @@
 """`tokenizer.json` from elsewhere: nothing in it ends the process, takes all memory or raises what is not ours.
 
-Each change of `CHANGES` but the first few made the tokenizers library panic, abort or grow without the schema.
+Without the schema the tokenizers library panics, aborts or takes all memory for about half of `CHANGES`, refuses some
+itself, and takes the rest as tokenizers that are not T5's.
 """
 
 import base64

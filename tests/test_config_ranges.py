@@ -163,7 +163,7 @@ def test_export_takes_the_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     from ttt_video_engine.export import build
 
     models: list[ModelConfig] = []
-    monkeypatch.setattr(build, "export_bundle", lambda source, *_: models.append(source.model))
+    monkeypatch.setattr(build, "export_bundle", lambda source, *_, **named: models.append(source.model))
     assert run("export", "--output", tmp_path / "bundle", "--vae-scale-factor", 0.7)[0] == 0
     assert models[0].vae.scale_factor == 0.7
     code, out, err = run("export", "--output", tmp_path / "bundle", "--vae-scale-factor", 0)

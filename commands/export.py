@@ -12,7 +12,7 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.settings import MAX_SEED, BackendName
 
 
 def export(
@@ -36,9 +36,18 @@ def export(
     ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
+    vae_scale_factor: Annotated[
+        float | None,
+        typer.Option(help="What latents are divided by before they are decoded.", show_default="the preset's"),
+    ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of random weights, and of TTT layers a checkpoint lacks.", min=0, show_default="0"),
+        typer.Option(
+            help="Seed of random weights, and of TTT layers a checkpoint lacks.",
+            min=0,
+            max=MAX_SEED,
+            show_default="0",
+        ),
     ] = None,
     engine: Annotated[BackendName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
     gpu: Annotated[
@@ -66,7 +75,15 @@ def export(
     if inline and plugin and engine == "tensorrt":
         raise ConfigError("--inline leaves no TTT nodes for --plugin to replace; leave it out, or give --no-plugin")
     chosen = resolve_config(
-        config, preset=preset, ttt=ttt, lengths=length, dtype=dtype, width=width, height=height, seed=seed
+        config,
+        preset=preset,
+        ttt=ttt,
+        lengths=length,
+        dtype=dtype,
+        width=width,
+        height=height,
+        vae_scale_factor=vae_scale_factor,
+        seed=seed,
     )
     model = chosen.model
 

@@ -1,6 +1,10 @@
 """The commands by name. Help of the whole program needs their names only, so that it is quick."""
 
 import importlib
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -30,7 +34,21 @@ class LazyGroup(TyperGroup):
 
 def load_command(name: str) -> Any:
     """The command whose function is `commands.NAME.NAME`."""
-    module = importlib.import_module(f"ttt_video_engine.commands.{name}")
+    with _interrupt_ends_at_once():
+        module = importlib.import_module(f"ttt_video_engine.commands.{name}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name, help=COMMANDS[name])(getattr(module, name))
     return typer.main.get_command(app)
+
+
+@contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """While modules load there is nothing to tidy up, and some, such as numpy, print a trace of their own on Ctrl-C."""
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where it is ignored
+    if raises:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

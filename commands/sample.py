@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Annotated
 
+import onnxruntime as ort
 import typer
 from msgspec.structs import replace
 
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
+from ttt_video_engine.engines.onnxruntime import PROVIDERS, OnnxRuntimeLoader, ProviderName, available_providers
 from ttt_video_engine.engines.tensorrt.checks import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.pipeline import graphs_needed, prepare_jobs, render
-from ttt_video_engine.runtime.settings import BackendName, Guidance, Sampler
+from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache, default_folder
 
@@ -34,7 +35,7 @@ def sample(
         Sampler | None, typer.Option(help="dpmpp-2m-sde is what the public code runs.", show_default="ddim")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.", show_default="16")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", min=0, show_default="42")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", min=0, max=MAX_SEED, show_default="42")] = None,
     length: Annotated[LengthName | None, typer.Option(help="States the length that the scenes must make.")] = None,
     engine: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
     provider: Annotated[
@@ -77,13 +78,27 @@ def sample(
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     jobs = prepare_jobs(opened, storyboards, settings, output_dir, overwrite=overwrite)
     loader.check(graphs_needed(jobs))
+    for board in storyboards:
+        for warning in board.warnings:
+            typer.echo(f"warning: {warning}", err=True)
     for job in jobs:
         for truncation in job.prompts.truncations:
             typer.echo(f"warning: {job.storyboard.source}: {truncation.message}", err=True)
-    cache = TextCache(default_folder(), f"{opened.component_digest(TEXT_ENCODER)} {engine} {provider}")
+    cache = _text_cache(opened, engine, provider)
     with ProgressDisplay() as display:
         for video in render(opened, loader, jobs, settings, cache, display.update):
             typer.echo(f"video: {video}")
+
+
+def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | None) -> TextCache:
+    providers = available_providers() if provider is None else PROVIDERS[provider]
+    runs_on = " ".join((engine, ort.__version__, *providers)) if engine == "onnxruntime" else engine
+    return TextCache(
+        default_folder(),
+        f"{bundle.component_digest(TEXT_ENCODER)} {runs_on}",
+        width=bundle.manifest.model.text_encoder.d_model,
+        verify=lambda: bundle.verify_component(TEXT_ENCODER),
+    )
 
 
 def _loader(

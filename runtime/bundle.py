@@ -108,6 +108,13 @@ class Bundle:
         graph = self.graph(name)
         return f"{self.manifest.files[graph.file].sha256} {self.manifest.files[graph.weights].sha256}"
 
+    def verify_component(self, name: str) -> None:
+        """Reads a graph and its weights. Raises BundleError where they do not have the digest of `bundle.json`."""
+        graph = self.graph(name)
+        for file in (graph.file, graph.weights):
+            self._status(file)
+            self._verify(file)
+
     def path(self, name: str) -> Path:
         """A file of the bundle by its name in the manifest."""
         return self.root / name

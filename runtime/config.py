@@ -16,6 +16,11 @@ LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
 SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}
 """Length name → number of scenes; a scene is one 3-second segment."""
 
+MAX_SIZE, MAX_COUNT, MAX_LEVELS, MAX_PIXELS = 1 << 18, 1 << 12, 8, 1 << 14
+"""Far above any model that there is: widths of layers, numbers of layers and the like, levels of the VAE, pixels."""
+MIN_TEXT_LENGTH = 3
+"""Tokens of a scene that always stand: scene start, scene end and `</s>`."""
+
 
 class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The diffusion transformer with TTT layers.
@@ -42,8 +47,14 @@ class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in ("model_dim", "num_heads", "num_layers", "text_dim", "time_embed_dim", "mini_batch_size"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _require_range(self, 1, MAX_SIZE, "model_dim", "text_dim", "time_embed_dim", "mini_batch_size")
+        _require_range(self, 1, MAX_COUNT, "num_heads", "num_layers", "in_channels", "out_channels", "patch_size")
+        _require_range(self, 1, MAX_COUNT, "attn_length")
+        _require_range(self, 1e-9, 1e3, "ttt_base_lr")
+        _require_range(self, 1e-12, 1.0, "layer_norm_eps")
+        _require_range(self, 1.0, 1e9, "rope_theta")
+        same = f"must equal in_channels {self.in_channels}"
+        _require(self.out_channels == self.in_channels, "out_channels", self.out_channels, same)
         divides = self.model_dim % self.num_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must divide model_dim {self.model_dim}")
         # Rotary embedding gives d/4 channels to time and 3d/8 to each of height and width, in pairs.
@@ -60,7 +71,8 @@ class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class VaeConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The causal 3D-VAE decoder.
 
-    Latents are divided by `scale_factor` before decoding. Every level but one doubles height and width, the
+    Latents are divided by `scale_factor` before decoding: 1.0 for TTT-Video, which is trained on latents as the encoder
+    gives them, 0.7 for CogVideoX-5B. Every level but one doubles height and width, the
     `temporal_levels` deepest of them time as well. One step of decoding takes `temporal_window` latent frames, the
     first step one more.
     """
@@ -70,17 +82,25 @@ class VaeConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     num_res_blocks: int = 3
     z_channels: int = 16
     out_ch: int = 3
-    scale_factor: float = 0.7
+    scale_factor: float = 1.0
     temporal_levels: int = 2
     temporal_window: int = 2
 
     def __post_init__(self) -> None:
+        _require_range(self, 1, MAX_COUNT, "ch", "num_res_blocks", "z_channels")
+        _require(self.out_ch == 3, "out_ch", self.out_ch, "must be 3, the colours of a frame")
+        num_levels = len(self.ch_mult)
+        _require(1 <= num_levels <= MAX_LEVELS, "ch_mult", self.ch_mult, f"must have 1 … {MAX_LEVELS} levels")
         for mult in self.ch_mult:
+            _require(1 <= mult <= MAX_COUNT, "ch_mult", mult, f"must lie in 1 … {MAX_COUNT}")
             channels = self.ch * mult
             _require(channels % 32 == 0, "ch x ch_mult", channels, "must be a multiple of the 32 norm groups")
-        _require(self.scale_factor > 0, "scale_factor", self.scale_factor, "must be positive")
+        _require_range(self, 1e-4, 1e4, "scale_factor")
+        _require_range(self, 2, MAX_COUNT, "temporal_window")
+        # The first window has one frame more; only an odd window keeps its first frame single.
+        _require(self.temporal_window % 2 == 0, "temporal_window", self.temporal_window, "must be even")
         levels = self.temporal_levels
-        _require(0 <= levels < len(self.ch_mult), "temporal_levels", levels, "at most one per upsampling level")
+        _require(0 <= levels < num_levels, "temporal_levels", levels, "at most one per upsampling level")
 
     @property
     def spatial_factor(self) -> int:
@@ -103,6 +123,11 @@ class TextEncoderConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     num_heads: int = 64
     vocab_size: int = 32102
 
+    def __post_init__(self) -> None:
+        _require_range(self, 1, MAX_SIZE, "d_model", "d_kv", "d_ff")
+        _require_range(self, 1, MAX_COUNT, "num_layers", "num_heads")
+        _require_range(self, 6, 1 << 21, "vocab_size")  # five control and scene tokens, and one piece
+
 
 class DiffusionConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Training noise schedule: beta linear in its square root, then a shift of the signal-to-noise ratio."""
@@ -111,6 +136,13 @@ class DiffusionConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     beta_end: float = 0.0120
     num_train_timesteps: int = 1000
     shift_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_range(self, 1e-9, 0.999, "beta_start", "beta_end")
+        rises = self.beta_start <= self.beta_end
+        _require(rises, "beta_end", self.beta_end, f"must be at least beta_start {self.beta_start}")
+        _require_range(self, 1, 100_000, "num_train_timesteps")
+        _require_range(self, 1e-6, 1e6, "shift_scale")
 
 
 class ClipSize(Struct, frozen=True, kw_only=True):
@@ -144,17 +176,23 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def __post_init__(self) -> None:
+        named = 0 < len(self.name) <= 100 and self.name.isprintable()
+        _require(named, "name", self.name[:100], "must have 1 … 100 printable characters")
         patch, factor = self.transformer.patch_size, self.vae.spatial_factor
         for name, pixels in (("width", self.width), ("height", self.height)):
             step = patch * factor
             nearest = max(step, round(pixels / step) * step)
             cure = f"must be a multiple of {step} (patch {patch} x VAE {factor}), such as {nearest}"
             _require(pixels > 0 and pixels % step == 0, name, pixels, cure)
+        _require_range(self, 1, MAX_PIXELS, "width", "height")
         text_dim, d_model = self.transformer.text_dim, self.text_encoder.d_model
         _require(text_dim == d_model, "transformer.text_dim", text_dim, f"must equal text_encoder.d_model {d_model}")
         channels, z = self.transformer.in_channels, self.vae.z_channels
         _require(channels == z, "transformer.in_channels", channels, f"must equal vae.z_channels {z}")
-        for length in self.text_lengths:
+        _require(bool(self.text_lengths), "text_lengths", self.text_lengths, "must name a length")
+        for length, tokens in self.text_lengths.items():
+            fits = MIN_TEXT_LENGTH <= tokens <= MAX_SIZE
+            _require(fits, f"text_lengths.{length}", tokens, f"must lie in {MIN_TEXT_LENGTH} … {MAX_SIZE}")
             self.clip_size(length)
 
     def clip_size(self, length: str) -> ClipSize:
@@ -170,6 +208,9 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             width=self.width // self.vae.spatial_factor,
             text_length=self.text_lengths[length],
         )
+        window = self.vae.temporal_window
+        cure = f"must be one more than a multiple of vae.temporal_window {window}"
+        _require(size.num_frames % window == 1, f"latent frames of a {length} video", size.num_frames, cure)
         tokens, mini_batch = size.num_tokens(transformer.patch_size), transformer.mini_batch_size
         cure = f"must be a multiple of mini_batch_size {mini_batch}; change text_lengths.{length}, width or height"
         _require(tokens % mini_batch == 0, f"tokens of a {length} video", tokens, cure)
@@ -178,6 +219,13 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def num_video_frames(self, size: ClipSize) -> int:
         """Decoded frames of a clip: one for the first latent frame, `temporal_factor` for every other."""
         return 1 + self.vae.temporal_factor * (size.num_frames - 1)
+
+
+def _require_range(struct: Struct, low: float, high: float, *names: str) -> None:
+    """NaN lies in no range."""
+    for name in names:
+        value = getattr(struct, name)
+        _require(low <= value <= high, name, value, f"must lie in {low} … {high}")
 
 
 def _require(condition: bool, name: str, value: object, cure: str) -> None:

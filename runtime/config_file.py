@@ -8,11 +8,15 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from ttt_video_engine.runtime import presets
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, LengthName, ModelConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError, hint
+from ttt_video_engine.runtime.settings import Seed
+
+MAX_FILE_BYTES = 64 << 10
 
 Table = dict[str, Any]
 
@@ -35,12 +39,13 @@ def resolve_config(
     dtype: Precision | None = None,
     width: int | None = None,
     height: int | None = None,
+    vae_scale_factor: float | None = None,
     seed: int | None = None,
 ) -> ExportConfig:
     """What is asked for, else what the file at `path` states, else the default.
 
-    The model is the preset, made for the kind of TTT, then the file's fields, then `width` and `height` in pixels.
-    Raises ConfigError, which names the file where there is one, and the field.
+    The model is the preset, made for the kind of TTT, then the file's fields, then `width` and `height` in pixels and
+    the `scale_factor` of the VAE. Raises ConfigError, which names the file where there is one, and the field.
     """
     table = {} if path is None else _read(path)
     size = {name: pixels for name, pixels in (("width", width), ("height", height)) if pixels is not None}
@@ -51,9 +56,14 @@ def resolve_config(
     fields = {name: value for name, value in table.items() if name in ModelConfig.__struct_fields__}
     merged = _overlay(msgspec.to_builtins(base), fields | size)
     merged["transformer"]["ttt"] = kind
-    # Sizes asked for may be what does not fit the file: the error names both.
-    with _naming(path, *(f"--{name} {pixels}" for name, pixels in size.items())):
+    options = [f"--{name} {pixels}" for name, pixels in size.items()]
+    if vae_scale_factor is not None:
+        options.append(f"--vae-scale-factor {vae_scale_factor}")
+    # What is asked for may be what does not fit the file: the error names both.
+    with _naming(path, *options):
         model = msgspec.convert(merged, ModelConfig)
+        if vae_scale_factor is not None:
+            model = replace(model, vae=replace(model.vae, scale_factor=vae_scale_factor))
         chosen = tuple(lengths or stated.lengths or ("9s",))
         for length in chosen:
             model.clip_size(length)
@@ -80,7 +90,7 @@ class _Stated(Struct, frozen=True, kw_only=True):
     ttt: TTTKind | None = None
     length: LengthName | Annotated[list[LengthName], Meta(min_length=1)] | None = None
     dtype: Precision | None = None
-    seed: Annotated[int, Meta(ge=0)] | None = None
+    seed: Seed | None = None
     transformer: _Inner = _Inner()
 
     def __post_init__(self) -> None:
@@ -104,9 +114,14 @@ _KNOWN = _names(_Stated) | _names(ModelConfig) | {"text_lengths": {length: {} fo
 def _read(path: Path) -> Table:
     """The content of a file in which every name is known."""
     try:
-        table = tomllib.loads(path.read_text("utf-8-sig"))  # some editors put a byte order mark first
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: is over {MAX_FILE_BYTES >> 10} KiB; give a TOML file of sizes and options")
+    try:
+        table = tomllib.loads(content.decode("utf-8-sig"))  # some editors put a byte order mark first
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested a thousand deep
         raise ConfigError(f"{path}: is not TOML ({error}); see docs/formats.md") from error
     with _naming(path):
@@ -118,7 +133,7 @@ def _check_names(table: Table, known: Mapping[str, Table], place: str) -> None:
     for name, value in table.items():
         if name not in known:
             # repr: a name in quotes may hold a line break.
-            raise ConfigError(f"{place}{repr(name)[1:-1]} is unknown; {hint(name, known)}")
+            raise ConfigError(f"{place}{repr(name)[1:-1][:60]} is unknown; {hint(name, known)}")
         if isinstance(value, dict) and known[name]:
             _check_names(value, known[name], f"{place}{name}.")
 

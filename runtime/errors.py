@@ -51,6 +51,11 @@ class CheckFailed(TTTVideoError):
     exit_code = 1
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what a terminal would act on, such as line breaks and control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """The cure for an unknown name: the nearest known one, or all of them where none is near."""
     known = list(known)

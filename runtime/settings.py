@@ -1,13 +1,16 @@
 """How to render: the choices of `sample`, and what a bundle proposes for them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 Guidance = Literal["dynamic", "upstream", "constant"]
 Sampler = Literal["ddim", "dpmpp-2m-sde"]
 BackendName = Literal["onnxruntime", "tensorrt"]
 """What runs the graphs: the values of `--engine`."""
+MAX_SEED = (1 << 63) - 1
+Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
+"""What both numpy and torch take."""
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,5 +25,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     guidance: Guidance = "dynamic"
     sampler: Sampler = "ddim"
     fps: float = 16
-    seed: int = 42
+    seed: Seed = 42
     low_memory: bool = False

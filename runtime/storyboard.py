@@ -5,7 +5,7 @@ video or a list of videos, a `.jsonl` file one video a line.
 """
 
 import json
-import textwrap
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +13,15 @@ from msgspec import Struct
 
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
 from ttt_video_engine.runtime.errors import StoryboardError, hint
+
+MAX_FILE_BYTES = 16 << 20
+MAX_VIDEOS = 10_000
+MAX_SCENES = max(SCENES_PER_LENGTH.values())
+MAX_TEXT = 20_000
+"""Limits of a file, each far beyond what is rendered: a scene keeps about 500 tokens, some 2,500 characters."""
+
+_MAX_NAME_BYTES = 255  # of a folder, on the file systems in use
+_MAX_ERRORS = 10  # bad lines that are counted before reading stops
 
 _A_VIDEO = 'a video is a list of scenes, [{"text": "…"}, …]'
 
@@ -32,6 +41,12 @@ class Storyboard(Struct, frozen=True):
     scenes: tuple[Scene, ...]
     source: str
 
+    @property
+    def warnings(self) -> list[str]:
+        """What can be rendered but is seldom meant, one line each."""
+        empty = [str(number) for number, scene in enumerate(self.scenes, 1) if not scene.text.strip()]
+        return [f"{self.source}: scene {', '.join(empty)}, text: empty; say what the scene shows"] if empty else []
+
 
 def load_storyboards(path: Path) -> list[Storyboard]:
     """Every video of a `.json` or `.jsonl` file, in order.
@@ -42,6 +57,7 @@ def load_storyboards(path: Path) -> list[Storyboard]:
     text = _read(path)
     videos = _videos_of_lines(path, text) if path.suffix.lower() == ".jsonl" else _videos_of_json(path, text)
     several = len(videos) > 1
+    _check_name(path, f"{path.stem}-{len(videos):03d}" if several else path.stem)
     return [
         Storyboard(name=f"{path.stem}-{number:03d}" if several else path.stem, scenes=scenes, source=path.name + place)
         for number, (place, scenes) in enumerate(videos, 1)
@@ -59,8 +75,9 @@ def length_of(storyboard: Storyboard, available: Collection[str]) -> str:
         return length
     rendered = " or ".join(f"{n} ({name})" for name, n in SCENES_PER_LENGTH.items() if name in available)
     cure = "add or remove scenes" + (f", or export the bundle with `export --length {length}`" if length else "")
-    number = f"{count} scene{'s' * (count != 1)}"
-    raise StoryboardError(f"{storyboard.source}: {number}, but the bundle renders {rendered or 'no length'}; {cure}")
+    raise StoryboardError(
+        f"{storyboard.source}: {_scene_count(count)}, but the bundle renders {rendered or 'no length'}; {cure}"
+    )
 
 
 # Where a video stands in its file, such as ": line 3", and its scenes.
@@ -72,23 +89,44 @@ def check_length(storyboards: list[Storyboard], length: str) -> None:
     for storyboard in storyboards:
         if len(storyboard.scenes) != SCENES_PER_LENGTH[length]:
             raise StoryboardError(
-                f"{storyboard.source}: has {len(storyboard.scenes)} scenes, a {length} video has "
+                f"{storyboard.source}: has {_scene_count(len(storyboard.scenes))}, a {length} video has "
                 f"{SCENES_PER_LENGTH[length]}; change the scenes or --length"
             )
+
+
+def _scene_count(count: int) -> str:
+    return f"{count} scene{'s' * (count != 1)}"
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Raises StoryboardError unless a folder of the output can have this name, the longest that the file gives."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise StoryboardError(f"{path}: the file's name is not UTF-8; rename the file") from error
+    if name in (".", ".."):
+        raise StoryboardError(f"{path}: a video cannot be named {name!r}, as the file is; rename the file")
+    if size > _MAX_NAME_BYTES:
+        raise StoryboardError(
+            f"{path}: makes a folder whose name has {size} bytes; at most {_MAX_NAME_BYTES}: rename the file"
+        )
 
 
 def _read(path: Path) -> str:
     if path.is_dir():
         raise StoryboardError(f"{path}: is a folder; name a .json or .jsonl file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StoryboardError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     if path.suffix.lower() not in (".json", ".jsonl"):
         found = repr(path.suffix) if path.suffix else "none"
         raise StoryboardError(
             f"{path}: extension is {found}; must be .json (one video or a list) or .jsonl (one a line)"
         )
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise StoryboardError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise StoryboardError(f"{path}: is over {MAX_FILE_BYTES >> 20} MiB; divide it into several files")
     try:
         # Some editors put a byte order mark before UTF-8.
         text = data.decode("utf-8-sig")
@@ -109,6 +147,7 @@ def _videos_of_json(path: Path, text: str) -> list[_Video]:
         return [("", _scenes(value, f"{path}: "))]
     if len(value) == 1:
         return [("", _scenes(value[0], f"{path}: "))]
+    _check_videos(path, len(value))
     return [(f": video {i}", _scenes(video, f"{path}: video {i}, ")) for i, video in enumerate(value, 1)]
 
 
@@ -116,6 +155,7 @@ def _videos_of_lines(path: Path, text: str) -> list[_Video]:
     # Not splitlines(): a JSON string may hold the other line separators of Unicode.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     cure = "each line must hold one whole video; a video over several lines belongs in a .json file"
+    _check_videos(path, len(lines))
     videos: list[_Video] = []
     errors: list[StoryboardError] = []
     for video_number, (line_number, line) in enumerate(lines, 1):
@@ -125,17 +165,39 @@ def _videos_of_lines(path: Path, text: str) -> list[_Video]:
             videos.append((f": line {line_number}", _scenes(value, f"{path}: line {line_number}, {video}")))
         except StoryboardError as error:
             errors.append(error)
+            if len(errors) == _MAX_ERRORS:
+                break
     if len(errors) > 1:
         others = len(errors) - 1
-        raise StoryboardError(f"{errors[0]} (and {others} more bad line{'s' * (others > 1)})") from errors[0]
+        least = "at least " * (len(errors) == _MAX_ERRORS)
+        raise StoryboardError(f"{errors[0]} (and {least}{others} more bad line{'s' * (others > 1)})") from errors[0]
     if errors:
         raise errors[0]
     return videos
 
 
+def _check_videos(path: Path, count: int) -> None:
+    if count > MAX_VIDEOS:
+        raise StoryboardError(f"{path}: has {count} videos; at most {MAX_VIDEOS}: divide it into several files")
+
+
+class _RepeatedKey(Struct, frozen=True):
+    """Stands for a JSON object in which a key occurs twice."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> object:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    counts = Counter(key for key, _ in pairs)
+    return _RepeatedKey(next(key for key, count in counts.items() if count > 1))
+
+
 def _parse(text: str, where: str, cure: str, first_line: int = 1) -> object:
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise StoryboardError(f"{where}line {line}, column {error.colno}: not JSON ({error.msg}); {cure}") from error
@@ -150,40 +212,58 @@ def _scenes(value: object, where: str) -> tuple[Scene, ...]:
         raise StoryboardError(f"{where}found {_shown(value)}; {_A_VIDEO}")
     if not value:
         raise StoryboardError(f"{where}found an empty list; {_A_VIDEO}")
+    if len(value) > MAX_SCENES:
+        raise StoryboardError(f"{where}found {len(value)} scenes; a video has at most {MAX_SCENES}")
     return tuple(_scene(scene, f"{where}scene {number}") for number, scene in enumerate(value, 1))
 
 
 def _scene(value: object, where: str) -> Scene:
+    if isinstance(value, _RepeatedKey):
+        raise StoryboardError(f"{where}: key {_shown(value.key)} occurs twice; leave one out")
     if not isinstance(value, dict):
         raise StoryboardError(f'{where}: found {_shown(value)}; must be an object such as {{"text": "…"}}')
     for name in value:
         if name not in Scene.__struct_fields__:
-            raise StoryboardError(f"{where}: unknown field {_shown(name)}; {hint(name, Scene.__struct_fields__)}")
+            cure = hint(name[:_MAX_SHOWN], Scene.__struct_fields__)
+            raise StoryboardError(f"{where}: unknown field {_shown(name)}; {cure}")
     if "text" not in value:
         raise StoryboardError(f"{where}, text: missing; say what the scene shows")
     # A null stands for the default.
-    neg_text = value.get("neg_text")
-    transition = value.get("requires_scene_transition", False)
-    if not isinstance(transition, bool):
+    neg_text, transition = value.get("neg_text"), value.get("requires_scene_transition")
+    if not isinstance(transition, bool | None):
         raise StoryboardError(f"{where}, requires_scene_transition: found {_shown(transition)}; must be true or false")
-    text = _string(value["text"], f"{where}, text")
-    if not text.strip():
-        raise StoryboardError(f"{where}, text: found {_shown(text)}; say what the scene shows")
-    return Scene(text, transition, "" if neg_text is None else _string(neg_text, f"{where}, neg_text"))
+    return Scene(
+        text=_string(value["text"], f"{where}, text"),
+        requires_scene_transition=bool(transition),
+        neg_text="" if neg_text is None else _string(neg_text, f"{where}, neg_text"),
+    )
 
 
 def _string(value: object, where: str) -> str:
+    """Text that the tokenizer can take. Control characters other than NUL are left to it: T5's drops them."""
     if not isinstance(value, str):
         raise StoryboardError(f"{where}: found {_shown(value)}; must be a string in quotes")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise StoryboardError(f"{where}: found half of a \\u surrogate pair, which is no character; write both or none")
+    if len(value) > MAX_TEXT:
+        raise StoryboardError(f"{where}: has {len(value)} characters; at most {MAX_TEXT}: shorten it")
+    if "\0" in value:
+        raise StoryboardError(f"{where}: has a NUL character at position {value.index(chr(0)) + 1}; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        cure = "write both or none"
+        raise StoryboardError(f"{where}: found half of a \\u surrogate pair, which is no character; {cure}") from error
     return value
+
+
+_MAX_SHOWN = 60
 
 
 def _shown(value: object) -> str:
     """A value as JSON spells it, on one short line that any terminal prints."""
     if isinstance(value, list):
         return "a list"
-    if isinstance(value, dict):
+    if isinstance(value, dict | _RepeatedKey):
         return "an object"
-    return textwrap.shorten(json.dumps(value), 60, placeholder=" …")
+    # Cut before it is spelled: a string may have millions of characters.
+    text = json.dumps(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} …"

@@ -6,9 +6,12 @@ and every empty negative prompt, are the same as before.
 
 import hashlib
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import OutputError
@@ -17,53 +20,101 @@ from ttt_video_engine.runtime.files import atomic_write
 LIMIT = 2 << 30
 """Bytes that the files of a cache may take; the ones that were used longest ago go first."""
 
+_SUFFIX = ".embedding"
+_MAX_WIDTH = 1 << 16
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 Floats = NDArray[np.float32]
 
 
 class TextCache:
-    """Embeddings [N, d_model] by the token ids [N] of a scene, in one folder for all encoders.
+    """Embeddings [N, d_model] by the token ids [N] of a scene, in one folder for all encoders; None keeps nothing.
 
-    `encoder` is everything else that they depend on. The cache never fails: what cannot be read is encoded again, and
-    what cannot be written is not kept.
+    `encoder` is everything else that they depend on. `verify` raises where the encoder's files are not those that
+    `encoder` names, and is called once, before the first entry is stored. `width` is d_model; None takes any.
+
+    An entry is a SHA-256, of `encoder`, ids and data, then the data as little-endian float32. The cache never fails:
+    what is not as it was stored is encoded again, and what cannot be written is not kept.
     """
 
-    def __init__(self, folder: Path, encoder: str) -> None:
-        self._folder, self._encoder = folder, encoder
+    def __init__(
+        self, folder: Path | None, encoder: str, width: int | None = None, verify: Callable[[], None] | None = None
+    ) -> None:
+        self._folder, self._encoder, self._width, self._verify = folder, encoder, width, verify
 
     def get(self, ids: NDArray[np.int64]) -> Floats | None:
         """What was put for these ids, or None."""
-        path = self._path(ids)
-        try:
-            embedding = np.load(path, allow_pickle=False)
-            os.utime(path)
-        except (OSError, ValueError, EOFError):
+        if self._folder is None:
             return None
-        whole = isinstance(embedding, np.ndarray) and embedding.dtype == np.float32 and embedding.ndim == 2
-        return embedding if whole and len(embedding) == len(ids) and np.isfinite(embedding).all() else None
+        key = self._key(ids)
+        path = _path(self._folder, key)
+        try:
+            status = path.stat()
+            width, rest = divmod(status.st_size - _DIGEST_BYTES, 4 * len(ids))
+            # Known before anything is read, so that a file of any size costs no memory.
+            if not stat.S_ISREG(status.st_mode) or rest or not self._takes(width):
+                return None
+            content = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if digest != _checksum(key, data):
+            return None
+        return np.frombuffer(data, "<f4").reshape(len(ids), width).astype(np.float32)
 
     def put(self, ids: NDArray[np.int64], embedding: Floats) -> None:
-        """Keeps an embedding, and drops the oldest beyond the limit."""
+        """Keeps an embedding, and drops the oldest beyond the limit.
+
+        Raises what `verify` raises. An embedding with NaN or infinite values is not kept.
+        """
+        if self._folder is None or not np.isfinite(embedding).all():
+            return
+        if self._verify is not None:
+            self._verify()
+            self._verify = None
+        key = self._key(ids)
+        data = np.ascontiguousarray(embedding, dtype="<f4").tobytes()
         try:
-            with atomic_write(self._path(ids)) as partial:
-                np.save(partial, embedding, allow_pickle=False)
-            self._prune()
+            with atomic_write(_path(self._folder, key)) as partial:
+                partial.write_bytes(_checksum(key, data) + data)
+            _prune(self._folder)
         except (OSError, OutputError):
             return
 
-    def _path(self, ids: NDArray[np.int64]) -> Path:
+    def _takes(self, width: int) -> bool:
+        return width == self._width if self._width is not None else 0 < width <= _MAX_WIDTH
+
+    def _key(self, ids: NDArray[np.int64]) -> bytes:
         content = self._encoder.encode() + b"\0" + np.ascontiguousarray(ids, dtype="<i8").tobytes()
-        return self._folder / f"{hashlib.sha256(content).hexdigest()}.npy"
-
-    def _prune(self) -> None:
-        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.npy"))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total <= LIMIT:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+        return hashlib.sha256(content).digest()
 
 
-def default_folder() -> Path:
-    """Where a user's caches lie (XDG Base Directory Specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt-video" / "text"
+def _path(folder: Path, key: bytes) -> Path:
+    return folder / f"{key.hex()}{_SUFFIX}"
+
+
+def _checksum(key: bytes, data: bytes) -> bytes:
+    return hashlib.sha256(key + data).digest()
+
+
+def _prune(folder: Path) -> None:
+    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob(f"*{_SUFFIX}"))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if total <= LIMIT:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def default_folder() -> Path | None:
+    """Where the user's embeddings are kept; None for a user without a home.
+
+    XDG_CACHE_HOME goes before the home on Linux (XDG Base Directory Specification).
+    """
+    try:
+        folder = platformdirs.user_cache_path("ttt-video", appauthor=False) / "text"
+    except RuntimeError:  # platformdirs 4.10 and later; older ones leave "~" as it is
+        return None
+    return folder if folder.is_absolute() else None

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError, printable
 from ttt_video_engine.runtime.storyboard import Storyboard
+from ttt_video_engine.runtime.tokenizer_file import read_tokenizer
 
 PAD_TOKEN = "<pad>"
 END_TOKEN = "</s>"
@@ -34,7 +35,7 @@ class Truncation:
     @property
     def message(self) -> str:
         """One line, with the start of the text that is cut."""
-        cut = textwrap.shorten(self.cut_text, 100, placeholder=" …")
+        cut = printable(textwrap.shorten(self.cut_text, 100, placeholder=" …"))
         return f'scene {self.scene}, {self.field}: {self.num_tokens} tokens, {self.limit} fit; cut: "{cut}"'
 
 
@@ -57,16 +58,17 @@ class SceneTokenizer:
         if missing:
             raise BundleError(f"the tokenizer lacks {', '.join(missing)}; {EXPORT_AGAIN}")
         self._pad, self._end, self._scene_end, self._scene_start = (vocab[token] for token in _CONTROL_TOKENS)
-        # What the file says of lengths would act before the scene tokens are there.
+        # What the file says of lengths and of tokens around the text would act before the scene tokens are there.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.post_processor = None
 
     @classmethod
     def from_file(cls, path: Path) -> "SceneTokenizer":
         """Reads a `tokenizer.json`. Raises BundleError if it is unreadable or lacks a token this class needs."""
         try:
-            tokenizer = Tokenizer.from_file(str(path))
-        # The library raises plain Exception for a missing file and for a damaged one.
+            tokenizer = read_tokenizer(path)
+        # The library raises plain Exception for what the schema does not cover.
         except Exception as error:
             cause = " ".join(str(error).split())
             raise BundleError(f"{path}: cannot be read ({cause}); {EXPORT_AGAIN}") from error

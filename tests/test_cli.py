@@ -62,7 +62,6 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
         ({"text": "a"}, ("object",)),
         ([], ("list",)),
         ([{"neg_text": "a"}], (scene(1), "text")),
-        ([{"text": " "}], (scene(1), "text", '" "')),
         ([{"text": "a", "txt": "b"}], (scene(1), "txt", "text")),
         ([{"text": "a"}] * 2, (2, 1, "3s", 3, "9s")),
         ([{"text": "a"}] * 6, (6, "3s", "9s", "export", "--length 18s")),
@@ -223,7 +222,7 @@ def other_text_length(manifest: Manifest) -> None:
         (lambda m: m["model"].update(width=288), ("graphs.transformer-3s", "latents", "['batch', 13, 16, 8, 12]")),
         (other_text_length, ("graphs.transformer-3s", "text", "['batch', 1, 136, 64]", "['batch', 1, 152, 64]")),
         (lambda m: m["graphs"]["transformer-3s"]["inputs"].pop(), ("graphs.transformer-3s", "timestep")),
-        (lambda m: m["model"]["vae"].update(temporal_window=3), ("graphs.vae_decoder-first", "latents")),
+        (lambda m: m["model"]["vae"].update(temporal_window=4), ("graphs.vae_decoder-first", "latents")),
         (lambda m: m["model"]["transformer"].update(num_heads=3), ("num_heads", 3, "model_dim", 64)),
     ],
 )

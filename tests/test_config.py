@@ -267,7 +267,7 @@ def exported(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calla
     from ttt_video_engine.export import build
 
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(build, "export_bundle", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(build, "export_bundle", lambda *arguments, **named: calls.append(arguments))
 
     def export(*options: object) -> tuple[Any, ...]:
         code, _, err = run("export", "--output", tmp_path / "bundle", *options)

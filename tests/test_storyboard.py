@@ -21,9 +21,9 @@ TRANSITION = "requires_scene_transition"
 SCENES = st.lists(
     st.builds(
         Scene,
-        text=st.text().filter(lambda text: bool(text.strip())),
+        text=st.text().filter(lambda text: "\0" not in text),
         requires_scene_transition=st.booleans(),
-        neg_text=st.text(),
+        neg_text=st.text().filter(lambda text: "\0" not in text),
     ),
     min_size=1,
     max_size=4,
@@ -94,8 +94,6 @@ def test_what_is_written_is_read(tmp_path: Path, videos: list[list[Scene]], asci
         ('"a"', ('"a"', EXAMPLE)),
         ("[]", ("list", EXAMPLE)),
         ("{}", ("text",)),
-        ('{"text": ""}', ("text", '""')),
-        ('{"text": " \\n"}', ("text", '" \\n"')),
         ('{"text": 3}', ("text", 3)),
         ('{"text": null}', ("text", "null")),
         ('{"text": "\\ud83d"}', ("text", "\\u")),

@@ -5,6 +5,9 @@ tokens: scene end, then scene start.
 """
 
 import math
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -13,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError
 from ttt_video_engine.runtime.tokenizer import END_TOKEN, PAD_TOKEN, SCENE_END_TOKEN, SCENE_START_TOKEN
+from ttt_video_engine.runtime.tokenizer_file import read_tokenizer
 
 _CONTROL_TOKENS = (PAD_TOKEN, END_TOKEN, "<unk>")
 _NUM_SCENE_TOKENS = 2
@@ -53,7 +57,7 @@ def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
-        load = _from_tokenizer_json
+        load = read_tokenizer
     elif (folder / "spiece.model").is_file():
         source = folder / "spiece.model"
         load = _from_sentencepiece
@@ -97,16 +101,25 @@ def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
     return [(piece, round(math.log(frequency[piece] / total), 6)) for piece in ordered]
 
 
-def _from_tokenizer_json(source: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(source))
+_CONVERT = """
+import sys
+from transformers import T5Tokenizer
+tokenizer = T5Tokenizer.from_pretrained(sys.argv[1], local_files_only=True).backend_tokenizer
+open(sys.argv[2], "w", encoding="utf-8").write(tokenizer.to_str())
+"""
 
 
-def _from_sentencepiece(source: Path) -> Tokenizer:
-    # A heavy import, which only folders without tokenizer.json need.
-    from transformers import T5Tokenizer
-
-    tokenizer: Tokenizer = T5Tokenizer.from_pretrained(source.parent, local_files_only=True).backend_tokenizer
-    return tokenizer
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    """Converted by transformers in a process of its own, which some damaged files end."""
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder) / "tokenizer.json"
+        # -P: no module is taken from the working folder.
+        command = [sys.executable, "-P", "-c", _CONVERT, str(path.parent.absolute()), str(converted)]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if result.returncode:
+            last = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+            raise ValueError(f"transformers cannot convert it: {last[0]}")
+        return read_tokenizer(converted)
 
 
 def _with_scene_tokens(tokenizer: Tokenizer) -> Tokenizer:

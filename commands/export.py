@@ -85,7 +85,6 @@ def export(
         vae_scale_factor=vae_scale_factor,
         seed=seed,
     )
-    model = chosen.model
 
     from ttt_video_engine.export.build import EngineRequest, export_bundle
     from ttt_video_engine.export.sources.source import CheckpointSource, SeededSource
@@ -97,11 +96,13 @@ def export(
         plugins=plugin,
     )
     with ProgressDisplay(passing=True) as display:
-        source = (
-            SeededSource(model, chosen.seed)
-            if checkpoint is None
-            else CheckpointSource(model, checkpoint, chosen.seed, display.line)
-        )
+        source: SeededSource | CheckpointSource
+        if checkpoint is None:
+            source = SeededSource(chosen.model, chosen.seed)
+        else:
+            source = CheckpointSource(chosen.model, checkpoint, chosen.seed, display.line)
+            if not chosen.vae_scale_stated:
+                source = source.with_stored_scale()
         plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
         export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update, inline=inline)
     typer.echo(f"bundle: {output}")

@@ -22,12 +22,16 @@ Table = dict[str, Any]
 
 
 class ExportConfig(Struct, frozen=True, kw_only=True):
-    """What to export. Every length is one that the model can have; `seed` is that of random weights."""
+    """What to export. Every length is one that the model can have; `seed` is that of random weights.
+
+    `vae_scale_stated` says that an option or the file states the VAE scale factor, so a checkpoint does not change it.
+    """
 
     model: ModelConfig
     lengths: tuple[str, ...]
     dtype: DType
     seed: int
+    vae_scale_stated: bool = False
 
 
 def resolve_config(
@@ -72,6 +76,7 @@ def resolve_config(
         lengths=chosen,
         dtype=DTYPES[dtype or stated.dtype or "float32"],
         seed=next(value for value in (seed, stated.seed, 0) if value is not None),
+        vae_scale_stated=vae_scale_factor is not None or "scale_factor" in table.get("vae", {}),
     )
 
 

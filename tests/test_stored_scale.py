@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ttt_video_engine.export.sources.stored_scale import stored_scale_factor
 from ttt_video_engine.runtime.errors import CheckpointError
 from ttt_video_engine.runtime.presets import tiny
 
+Run = Callable[..., tuple[int, str, str]]
 STOCK = "transformer_blocks.0.attn1.to_q.weight"
 OURS = "layers.0.seq_modeling_block.q.weight"
 
@@ -105,3 +107,23 @@ def test_embeddings_with_too_few_rows_are_named_with_their_folder(tmp_path: Path
 def test_a_missing_transformer_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="transformer"):
         CheckpointSource(tiny("linear"), tmp_path).transformer()
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [((), 0.31), (("--vae-scale-factor", "0.5"), 0.5), (("--config", "stated.toml"), 0.9)],
+)
+def test_what_an_option_or_the_file_states_goes_before_the_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], factor: float
+) -> None:
+    config(tmp_path, {"scaling_factor": 0.31})
+    (tmp_path / "transformer").mkdir()
+    torch.save({STOCK: torch.ones(2)}, tmp_path / "transformer/model.pt")
+    (tmp_path / "stated.toml").write_text("[vae]\nscale_factor = 0.9\n")
+    exported: list[CheckpointSource] = []
+    monkeypatch.setattr(
+        "ttt_video_engine.export.build.export_bundle", lambda source, *rest, **named: exported.append(source)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run("export", "--checkpoint", tmp_path, "--output", tmp_path / "bundle", *options)[0] == 0
+    assert exported[0].model.vae.scale_factor == factor

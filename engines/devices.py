@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import onnxruntime as ort
-
 from ttt_video_engine.engines.cuda import Device, devices
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, check_provider
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.engines.tensorrt.engine import PackageName
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.runtime.errors import BackendError

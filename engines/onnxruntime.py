@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-import onnxruntime as ort
 
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError
 from ttt_video_engine.runtime.runner import AnyArray, Array, TensorSpec, check_inputs
@@ -92,25 +92,31 @@ class OnnxRuntimeLoader:
         self._providers = available_providers() if provider is None else check_provider(provider)
         self._provider = provider
         self._num_threads = num_threads
+        self._environment = {"engine": "onnxruntime", "onnxruntime": ort.__version__, "provider": self._providers[0]}
 
     def check(self, graphs: Iterable[str]) -> None:
         """Raises BundleError where the bundle lacks one of these graphs."""
         for graph in graphs:
             self._bundle.graph(graph)
 
+    def environment(self) -> dict[str, str]:
+        """As `RunnerLoader.environment`; `provider` is the one that the graph loaded last runs on."""
+        return dict(self._environment)
+
     def __call__(self, graph: str) -> OnnxRuntimeRunner:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
-        engine = OnnxRuntimeRunner(
+        runner = OnnxRuntimeRunner(
             path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
         )
-        # ONNX Runtime goes on without a provider that does not start, and says so in its log only.
-        if self._provider is not None and self._providers[0] not in engine.providers:
+        # Where a provider does not start, ONNX Runtime takes the next one and says so in its log only.
+        if self._provider is not None and self._providers[0] not in runner.providers:
             raise BackendError(
                 f"--provider {self._provider}: {self._providers[0]} did not start; check the GPU and its driver, "
                 "or use --provider cpu"
             )
-        return engine
+        self._environment["provider"] = runner.providers[0]
+        return runner
 
 
 def available_providers() -> tuple[str, ...]:

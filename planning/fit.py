@@ -5,12 +5,12 @@ The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estima
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.tensorrt.checks import weight_budget
+from ttt_video_engine.engines.tensorrt.checks import EngineMemory, weight_budget
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.planning.flops import VideoFlops, video_flops
 from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
@@ -161,14 +161,9 @@ def disk_bytes(bundle: Bundle) -> dict[str, int]:
     return {component: sum(size for name, size in files if name.startswith(component)) for component in GRAPHS}
 
 
-def available_ram() -> int | None:
-    """Bytes that this machine can give without swapping; None where it does not say (it does on Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(kibibytes) << 10 for kibibytes in found), None)
+def available_ram() -> int:
+    """Bytes of RAM that this machine can give without swapping."""
+    return psutil.virtual_memory().available
 
 
 def _candidate(wanted: PlanInput, settings: MemorySettings, available: int | None) -> Candidate:
@@ -201,14 +196,9 @@ def _gpu(wanted: PlanInput, settings: MemorySettings) -> dict[str, ComponentMemo
 def _runs(name: str, memory: ComponentMemory, settings: MemorySettings, available: int) -> bool:
     """Whether the runner would take a component on."""
     try:
-        weight_budget(
-            name,
-            weights=memory.weights,
-            streamable=memory.weights if settings.weight_streaming else 0,
-            activations=memory.activations,
-            available=available - memory.process - memory.io,
-            low_memory=settings.low_memory,
-        )
+        streamable = memory.weights if settings.weight_streaming else None
+        engine = EngineMemory(memory.weights, memory.activations, streamable)
+        weight_budget(name, engine, available - memory.process - memory.io, low_memory=settings.low_memory)
     except BackendError:
         return False
     return True

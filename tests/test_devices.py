@@ -43,13 +43,13 @@ def test_devices_as_json(run: Run) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     load_package.cache_clear()
     found = survey()
     load_package.cache_clear()
     reasons = {backend.name: backend.reason for backend in found.backends}
-    assert found.gpus == () and found.no_gpu.startswith("cuda-bindings is not installed; run: pip install ")
+    assert found.gpus == () and found.no_gpu.startswith("cuda-core is not installed; run: pip install ")
     assert reasons["tensorrt"] == "tensorrt is not installed; run: pip install tensorrt"
     assert reasons["tensorrt_rtx"].startswith("tensorrt_rtx is not installed; run: pip install tensorrt-rtx (or ")
     assert reasons["onnxruntime cpu"] == ""

@@ -84,19 +84,22 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
     bundle, sessions, loaded = open_bundle(shared_bundle), list[ref[object]](), list[str]()
     real = OnnxRuntimeLoader(bundle)
 
-    def load(graph: str) -> OnnxRuntimeRunner:
-        gc.collect()
-        assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
-        engine = real(graph)
-        sessions.append(ref(engine._session))
-        loaded.append(graph)
-        return engine
+    class Watched:
+        environment = real.environment
+
+        def __call__(self, graph: str) -> OnnxRuntimeRunner:
+            gc.collect()
+            assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
+            engine = real(graph)
+            sessions.append(ref(engine._session))
+            loaded.append(graph)
+            return engine
 
     settings = Settings(num_steps=1)
     jobs = prepare_jobs(
         bundle, load_storyboards(storyboard(tmp_path / "bear.json", BEAR)), settings, tmp_path, overwrite=False
     )
-    (video,) = render(bundle, load, jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
+    (video,) = render(bundle, Watched(), jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
     assert video.is_file()
     assert loaded == ["text_encoder", "transformer-3s", "vae_decoder-first", "vae_decoder-next"]
 

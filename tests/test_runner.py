@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.tensorrt.checks import (
+    EngineMemory,
     check_engine,
     choose_profile,
     parse_memory,
@@ -119,16 +120,16 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
 
 @without_gpu
 def test_without_a_driver_one_line_says_so(refused: Callable[..., str]) -> None:
-    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("cuda.core")
     found = refused("--engine", "tensorrt")
     assert found.startswith("no NVIDIA ") and found.endswith(
         "; run on a machine with an NVIDIA GPU, or use --engine onnxruntime"
     )
 
 
-def test_without_cuda_bindings_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    expected = "cuda-bindings is not installed; run: pip install 'ttt-video-engine[tensorrt]'"
+def test_without_cuda_core_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    expected = "cuda-core is not installed; run: pip install 'ttt-video-engine[tensorrt]'"
     assert refused("--engine", "tensorrt") == expected
 
 
@@ -310,8 +311,8 @@ def test_shapes_that_no_profile_takes() -> None:
 def test_weights_that_stay_on_the_gpu(
     weights: int, streamable: int, activations: int, available: int, budget: int | None
 ) -> None:
-    found = weight_budget("g", weights=weights, streamable=streamable, activations=activations, available=available)
-    assert found == budget
+    memory = EngineMemory(weights, activations, streamable or None)
+    assert weight_budget("g", memory, available) == budget
 
 
 @pytest.mark.parametrize(
@@ -330,9 +331,7 @@ def test_weights_that_stay_on_the_gpu(
 )
 def test_too_little_memory(streamable: int, low_memory: bool, expected: str) -> None:
     with pytest.raises(BackendError) as raised:
-        weight_budget(
-            "g", weights=10_000, streamable=streamable, activations=5000, available=6000, low_memory=low_memory
-        )
+        weight_budget("g", EngineMemory(10_000, 5000, streamable or None), 6000, low_memory=low_memory)
     assert expected in str(raised.value)
 
 
@@ -379,8 +378,8 @@ def test_more_memory_than_the_gpu_has() -> None:
     with pytest.raises(
         BackendError, match=f"^{total + 1:,} bytes of GPU memory are needed, [0-9,]+ are free; use --low"
     ):
-        cuda.DeviceBuffer(total + 1)
-    cuda.DeviceBuffer(1).close()  # and the error is not reported again
+        cuda.DeviceBuffer(total + 1, cuda.Stream())
+    cuda.DeviceBuffer(1, cuda.Stream()).close()  # and the error is not reported again
 
 
 @pytest.fixture
@@ -412,7 +411,7 @@ def on_gpu(bundle: Path) -> Iterator[tuple[Bundle, TensorRTLoader]]:
             dtype=manifest.dtype,
             inputs=graph.inputs,
             outputs=graph.outputs,
-            profiles=profiles(manifest.model, manifest.lengths, graph, name),
+            profiles=profiles(manifest.model, manifest.lengths, graph.inputs, name),
             settings=BuildSettings(plugins=False),
             kernels=bundle / KERNELS,
             weights=manifest.files[graph.weights].size,

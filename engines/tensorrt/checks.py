@@ -1,6 +1,7 @@
 """Whether an engine may be run: decided from its JSON, the bundle, the installed package and numbers, without a GPU."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Profile, Shape, find_engine, list_engines
 from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
@@ -82,27 +83,38 @@ def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[st
     )
 
 
-def weight_budget(
-    graph: str, *, weights: int, streamable: int, activations: int, available: int, low_memory: bool = False
-) -> int | None:
-    """How many bytes of the streamable weights stay on the GPU; None where all do. All sizes are in bytes.
+@dataclass(frozen=True)
+class EngineMemory:
+    """GPU memory that an engine takes, in bytes.
 
-    `streamable` is 0 for an engine that was built without weight streaming. Raises BackendError where what cannot be
-    streamed does not fit.
+    `streamable` is the part of `weights` that may stay on the host; None where the engine was built without weight
+    streaming.
     """
-    needed = weights + activations
-    if needed <= available:
+
+    weights: int
+    activations: int
+    streamable: int | None = None
+
+
+def weight_budget(graph: str, memory: EngineMemory, available: int, *, low_memory: bool = False) -> int | None:
+    """Bytes of the streamable weights that stay on the GPU; None where all do.
+
+    Raises BackendError where the rest does not fit into the `available` bytes.
+    """
+    if memory.weights + memory.activations <= available:
         return None
-    cures = [] if low_memory else ["use --low-memory"]
-    if not streamable:
-        cures.insert(0, "export with --weight-streaming")
-    budget = available - activations - (weights - streamable)
+    streamable = memory.streamable or 0
+    fixed = memory.weights - streamable
+    budget = available - memory.activations - fixed
     if streamable and budget >= 0:
         return min(budget, streamable)
-    streamed = " even with weights streamed" if streamable else ""
+    cures = [] if memory.streamable is not None else ["export with --weight-streaming"]
+    cures += [] if low_memory else ["use --low-memory"]
+    streamed = " even with weights streamed" if memory.streamable is not None else ""
     raise BackendError(
-        f"{graph}: needs {needed - streamable:,} bytes of GPU memory{streamed} ({weights - streamable:,} for weights, "
-        f"{activations:,} for activations), {available:,} are available; {', or '.join(cures) or 'take a larger GPU'}"
+        f"{graph}: needs {fixed + memory.activations:,} bytes of GPU memory{streamed} ({fixed:,} for weights, "
+        f"{memory.activations:,} for activations), {available:,} are available; "
+        f"{', or '.join(cures) or 'take a larger GPU'}"
     )
 
 

@@ -5,7 +5,7 @@ is not. What a plugin computes is in `engines/kernels`; here are its shapes, dty
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,14 @@ def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[N
     """
     registry = package.api.get_plugin_registry()
     loaded = _Kernels(kernels, gpu)
-    creators = [_creator(package, op, loaded) for op in ttt_op.OP_TYPES]
-    for creator in creators:
-        if not registry.register_creator(creator, NAMESPACE):
-            raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
-    try:
+    with ExitStack() as stack:
+        stack.callback(loaded.close)
+        for op in ttt_op.OP_TYPES:
+            creator = _creator(package, op, loaded)
+            if not registry.register_creator(creator, NAMESPACE):
+                raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
+            stack.callback(registry.deregister_creator, creator)
         yield
-    finally:
-        for creator in creators:
-            registry.deregister_creator(creator)
-        loaded.close()
 
 
 def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
@@ -144,6 +142,9 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
 
         def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
             check_shapes(op, self.layer, [tuple(tensor.dims) for tensor in inputs])
+
+        def set_tactic(self, tactic: int) -> None:
+            """Nothing to choose from. Without this method TensorRT reads a status of −1, which is an error."""
 
         def get_fields_to_serialize(self) -> Any:
             return api.PluginFieldCollection([])  # all that a plugin needs is in the shapes and the bundle

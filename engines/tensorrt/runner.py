@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.tensorrt.checks import choose_profile, usable_engine, weight_budget
+from ttt_video_engine.engines.tensorrt.checks import EngineMemory, choose_profile, usable_engine, weight_budget
 from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialised
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Shape
 from ttt_video_engine.engines.tensorrt.package import TensorRT
@@ -43,23 +43,34 @@ class TensorRTLoader:
     """
 
     def __init__(self, bundle: Bundle, *, low_memory: bool = False, gpu_memory: int | None = None) -> None:
-        self._device = cuda.device()
+        self._gpu = cuda.device()
         self._bundle = bundle
         self._memory = MemoryLimit(gpu_memory, low_memory)
         self._engines: dict[str, tuple[EngineFile, TensorRT]] = {}
 
+    def environment(self) -> dict[str, str]:
+        """As `RunnerLoader.environment`, with the TensorRT packages of the graphs that were checked or loaded."""
+        packages = {package.name: package.version for _, package in self._engines.values()}
+        return {
+            "engine": "tensorrt",
+            **packages,
+            "gpu": self._gpu.name,
+            "architecture": self._gpu.gpu,
+            "driver": f"CUDA {self._gpu.driver}",
+        }
+
     def check(self, graphs: Iterable[str]) -> None:
         """Raises BackendError unless each of these graphs has an engine that is whole and fits GPU, package and bundle."""
         for graph in graphs:
-            self._engine_file(graph)
+            self._find(graph)
 
     def __call__(self, graph: str) -> "TensorRTRunner":
-        file, package = self._engine_file(graph)
-        return TensorRTRunner(self._bundle, file, package, self._memory)
+        engine, package = self._find(graph)
+        return TensorRTRunner(self._bundle, engine, package, self._memory)
 
-    def _engine_file(self, graph: str) -> tuple[EngineFile, TensorRT]:
+    def _find(self, graph: str) -> tuple[EngineFile, TensorRT]:
         if graph not in self._engines:
-            self._engines[graph] = usable_engine(self._bundle, graph, self._device.gpu)
+            self._engines[graph] = usable_engine(self._bundle, graph, self._gpu.gpu)
         return self._engines[graph]
 
 
@@ -69,8 +80,8 @@ class TensorRTRunner:
     Caches are the exception: it gives each away as a `DeviceArray` and reads them where they are.
     """
 
-    def __init__(self, bundle: Bundle, file: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
-        self._name, self._entry, self._package, self._memory = file.entry.graph, file.entry, package, memory
+    def __init__(self, bundle: Bundle, built: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
+        self._name, self._entry, self._package, self._memory = built.entry.graph, built.entry, package, memory
         self._records = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
         self._shapes: dict[str, Shape] | None = None
         self._graph: cuda.Graph | None = None
@@ -81,15 +92,15 @@ class TensorRTRunner:
         self._context: Any = None
         self._weights = 0
         with ExitStack() as stack:
-            if file.entry.plugins:
+            if built.entry.plugins:
                 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
 
-                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), file.entry.gpu))
+                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), built.entry.gpu))
             self._stream = cuda.Stream()
             stack.callback(self._stream.close)
             stack.callback(self._free_buffers)
             stack.callback(self._unload)
-            self._load(file)
+            self._load(built)
             self._open: ExitStack | None = stack.pop_all()
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
@@ -121,35 +132,31 @@ class TensorRTRunner:
         if opened is not None:
             opened.close()
 
-    def _load(self, file: EngineFile) -> None:
-        entry, memory = file.entry, self._memory
-        available = memory.available()
-        if not entry.settings.weight_streaming:
-            self._budget(0, 0, available)
+    def _load(self, built: EngineFile) -> None:
+        available = self._memory.available()
+        self._weights = self._entry.weights
+        streaming = self._entry.settings.weight_streaming
+        if not streaming:
+            self._budget(EngineMemory(self._weights, 0), available)
         self._runtime = self._package.api.Runtime(self._package.logger)
-        self._engine = deserialised(self._package, self._runtime, file)
-        check_tensors(self._package, self._engine, file)
-        if entry.settings.weight_streaming:
+        self._engine = deserialised(self._package, self._runtime, built)
+        check_tensors(self._package, self._engine, built)
+        if streaming:
             # No context yet, or the budget could not be set. With 0 the size below is that of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
             streamable = int(self._engine.streamable_weights_size)
-            budget = self._budget(streamable, int(self._engine.device_memory_size_v2), available)
-            self._engine.weight_streaming_budget_v2 = streamable if budget is None else budget
-            self._weights -= streamable - (streamable if budget is None else budget)
+            activations = int(self._engine.device_memory_size_v2)
+            weights = max(self._weights, streamable)
+            budget = self._budget(EngineMemory(weights, activations, streamable), available)
+            kept = streamable if budget is None else budget
+            self._engine.weight_streaming_budget_v2 = kept
+            self._weights = weights - (streamable - kept)
         self._context = self._engine.create_execution_context(self._context_options())
         if self._context is None:
-            raise BackendError(f"{file.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
+            raise BackendError(f"{built.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
 
-    def _budget(self, streamable: int, activations: int, available: int) -> int | None:
-        self._weights = max(self._entry.weights, streamable)
-        return weight_budget(
-            self._name,
-            weights=self._weights,
-            streamable=streamable,
-            activations=activations,
-            available=available,
-            low_memory=self._memory.low_memory,
-        )
+    def _budget(self, memory: EngineMemory, available: int) -> int | None:
+        return weight_budget(self._name, memory, available, low_memory=self._memory.low_memory)
 
     def _context_options(self) -> Any:
         """Scratch memory is ours to give, so that it is what the shapes need and not what the largest would."""
@@ -186,16 +193,9 @@ class TensorRTRunner:
             if self._scratch is not None:
                 self._scratch.close()
                 self._scratch = None
-            available = self._memory.available(self._weights)
-            weight_budget(
-                self._name,
-                weights=0,
-                streamable=0,
-                activations=size,
-                available=available,
-                low_memory=self._memory.low_memory,
-            )
-            self._scratch = cuda.DeviceBuffer(size)
+            streamable = 0 if self._entry.settings.weight_streaming else None
+            self._budget(EngineMemory(0, size, streamable), self._memory.available(self._weights))
+            self._scratch = cuda.DeviceBuffer(size, self._stream)
         self._context.set_device_memory(self._scratch.pointer, self._scratch.num_bytes)
 
     def _allocate(self, spec: TensorSpec) -> None:
@@ -204,7 +204,7 @@ class TensorRTRunner:
         if before is None or before.num_bytes < size:
             if before is not None:
                 before.close()
-            self._buffers[spec.name] = cuda.DeviceBuffer(size)
+            self._buffers[spec.name] = cuda.DeviceBuffer(size, self._stream)
         self._address(spec.name, self._buffers[spec.name])
 
     def _shape(self, name: str) -> Shape:
@@ -231,7 +231,7 @@ class TensorRTRunner:
         shape = self._shape(spec.name)
         if not spec.name.startswith((CACHE_IN, CACHE_OUT)):
             return np.empty(shape, spec.array_dtype)
-        array = cuda.DeviceArray(shape, spec.array_dtype)
+        array = cuda.DeviceArray(shape, spec.array_dtype, self._stream)
         self._address(spec.name, array.buffer)
         return array
 

@@ -75,6 +75,6 @@ def export(
             if checkpoint is None
             else CheckpointSource(model, checkpoint, chosen.seed, display.line)
         )
-        plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update)
+        engines = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, engines, display.update)
     typer.echo(f"bundle: {output}")

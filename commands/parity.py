@@ -7,6 +7,7 @@ import msgspec
 import typer
 
 from ttt_video_engine.commands.options import Debug, Json
+from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.errors import CheckFailed
 
 
@@ -17,17 +18,15 @@ def parity(
 ) -> None:
     """Hold the reference and freshly exported graphs to recordings of the public code."""
 
-    from ttt_video_engine.export.parity.recordings import TOLERANCE, Comparison, compare_recordings
+    from ttt_video_engine.export.parity.recordings import TOLERANCE, compare_recordings
 
-    rows: list[Comparison] = []
-    for row in compare_recordings(golden):
-        if not json and not rows:
-            typer.echo(f"{'recording':<28} {'kind':<12} {'reference':>10} {'onnx':>10}")
-        rows.append(row)
-        if not json:
-            typer.echo(f"{row.recording:<28} {row.kind:<12} {row.reference_error:>10.1e} {row.onnx_error:>10.1e}")
+    rows = list(compare_recordings(golden))
     if json:
         typer.echo(msgspec.json.encode(rows).decode())
+    else:
+        header = ("recording", "kind", "reference", "onnx")
+        cells = ((row.recording, row.kind, f"{row.reference_error:.1e}", f"{row.onnx_error:.1e}") for row in rows)
+        typer.echo("\n".join(text_table([header, *cells], numbers=(2, 3))))
     failed = [row.recording for row in rows if not max(row.reference_error, row.onnx_error) <= TOLERANCE]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} over {TOLERANCE:.0e}: {', '.join(failed)}")

@@ -1,6 +1,6 @@
 """Whether a model fits, before anything is built, and the least costly settings that make it.
 
-The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estimated instead of read from a plan.
+The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estimated instead of read from an engine.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MORE_RAM = "add swap, or export where there is more"
 """What to do where TensorRT's build does not fit."""
 
 GRAPHS = {"text_encoder": 1, "transformer": 1, "vae_decoder": 2}
-"""Graphs of one length; TensorRT builds the weights into the plan of each."""
+"""Graphs of one length; TensorRT builds the weights into the engine of each."""
 
 
 class MemorySettings(Struct, frozen=True, kw_only=True):
@@ -52,7 +52,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
 
 class ComponentNeeds(Struct, frozen=True, kw_only=True):
-    """One component with the settings asked for. `gpu`, and `build_ram` to make its plans with, are None in ONNX
+    """One component with the settings asked for. `gpu`, and `build_ram` to build its engines with, are None in ONNX
     Runtime; `disk` is without graphs, which are small, where there is no bundle yet; `flops` are those of a whole
     video."""
 
@@ -155,9 +155,9 @@ def settings_to_try(wanted: PlanInput) -> Iterator[MemorySettings]:
 
 
 def disk_bytes(bundle: Bundle) -> dict[str, int]:
-    """Bytes of each component of a bundle: graphs, weights and TensorRT plans."""
+    """Bytes of each component of a bundle: graphs, weights and TensorRT engines."""
     files = [(name, entry.size) for name, entry in bundle.manifest.files.items() if not name.startswith(ENGINES)]
-    files += [(plan.entry.graph, plan.entry.size) for plan in list_engines(bundle.root)]
+    files += [(engine.entry.graph, engine.entry.size) for engine in list_engines(bundle.root)]
     return {component: sum(size for name, size in files if name.startswith(component)) for component in GRAPHS}
 
 
@@ -217,11 +217,11 @@ def _components(wanted: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeed
         "transformer": flops.num_steps * flops.transformer_step,
         "vae_decoder": flops.vae_decoder,
     }
-    plans = {name: GRAPHS[name] * size if gpu else 0 for name, size in weights.items()}
+    engines = {name: GRAPHS[name] * size if gpu else 0 for name, size in weights.items()}
     return {
         name: ComponentNeeds(
             parameters=num_parameters(shapes),
-            disk=wanted.disk[name] if wanted.disk is not None else weights[name] + plans[name],
+            disk=wanted.disk[name] if wanted.disk is not None else weights[name] + engines[name],
             ram=ram[name],
             build_ram=build_memory(weights[name]) if gpu else None,
             gpu=gpu.get(name),

@@ -264,9 +264,7 @@ def test_graphs_that_changed_places_are_not_run(run: Run, bundle: Path, tmp_path
     assert (code, out) == (2, "") and not (tmp_path / "out").exists()
     (found,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert err.endswith(found + "\n") and "Traceback" not in err
-    assert (
-        f"{bundle / 'transformer/model-3s.onnx'}: the bundle promises latents float32['batch', 13, 16, 8, 12]" in found
-    )
+    assert f"{bundle / 'transformer/model-3s.onnx'}: the bundle lists latents float32['batch', 13, 16, 8, 12]" in found
 
 
 def test_debug_shows_the_trace(run: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What can run graphs here, and the choice of ONNX Runtime's provider."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_devices_as_a_table(run: Run) -> None:
     assert lines[0].split() == ["onnxruntime", "cpu", ort.__version__, "yes"]
     assert all(line.startswith("GPU ") for line in lines[len(NAMES) :])
     for line in lines[: len(NAMES)]:
-        usable, *reason = line[40:].split(maxsplit=1)
+        _, _, usable, *reason = re.split(r"\s{2,}", line, maxsplit=3)
         assert (usable == "yes" and not reason) or (usable == "no" and reason)
 
 

@@ -189,7 +189,7 @@ def test_a_cubin_at_full_size(
         ("sm_75", 16, 64, "linear", "not for sm_75"),
         ("sm_89", 32, 64, "linear", "mini-batches of 16 or 64 tokens, not 32"),
         ("sm_89", 16, 48, "linear", "heads of 16, 32, 64, 128, not 48"),
-        ("sm_89", 64, 128, "mlp", "a TTT-MLP head of 128 do not fit on a chip"),
+        ("sm_89", 64, 128, "mlp", "a TTT-MLP head of 128 exceed a multiprocessor"),
     ],
 )
 def test_no_kernel_and_why(
@@ -215,12 +215,12 @@ def test_a_cubin_that_is_not_what_was_compiled(tmp_path: Path) -> None:
     description, code = tmp_path / f"{name}.json", tmp_path / f"{name}.cubin"
     whole, text = code.read_bytes(), description.read_text()
     code.write_bytes(whole[:-1] + b"\xff")
-    assert message() == f"{code}: is not the kernel that was compiled; {cure}"
+    assert message() == f"{code}: has changed since it was compiled; {cure}"
     code.unlink()
     assert message() == f"{code}: is missing; {cure}"
     code.write_bytes(whole)
     description.write_text(json.dumps({**json.loads(text), "op": "mlp"}))
-    assert message() == f"{code}: is not the kernel that was compiled; {cure}"
+    assert message() == f"{code}: has changed since it was compiled; {cure}"
     description.write_text(text[:50])
     assert message().startswith(f"{description}: ") and message().endswith(cure)
     description.unlink()

@@ -229,7 +229,7 @@ def test_whether_plans_can_be_built_here(
 ) -> None:
     monkeypatch.setattr(fit, "available_ram", lambda: free)
     _, out, _ = run(*MUST_SHOW, "80GB")
-    assert f"\nbuilding the plans: {expected}\n" in out
+    assert f"\nbuilding the engines: {expected}\n" in out
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -230,14 +230,14 @@ def renamed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda e: {"key": {**e.key, "weights": "0"}}, "is of another export (weights differs)"),
-        (lambda e: {"key": {**e.key, "graph": "0"}}, "is of another export (graph differs)"),
-        (lambda e: {"key": {}}, "is of another export (graph differs)"),
+        (lambda e: {"key": {**e.key, "weights": "0"}}, "is from another export (weights differs)"),
+        (lambda e: {"key": {**e.key, "graph": "0"}}, "is from another export (graph differs)"),
+        (lambda e: {"key": {}}, "is from another export (graph differs)"),
         (lambda e: {"dtype": "float16", "key": {**e.key, "precision": "float16"}}, "(precision differs)"),
-        (lambda e: {"inputs": renamed(e.inputs)}, "takes noise float32['batch', 13, 16, 8, 12]"),
+        (lambda e: {"inputs": renamed(e.inputs)}, "has inputs noise float32['batch', 13, 16, 8, 12]"),
         (
             lambda e: {"outputs": renamed(e.outputs)},
-            "gives noise float32['batch', 13, 16, 8, 12]; the bundle promises v",
+            "has outputs noise float32['batch', 13, 16, 8, 12]; the bundle lists v",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
         assert latents == ShapeRange(min=(1, 13, 16, 8, 12), opt=(2, 13, 16, 8, 12), max=(2, 13, 16, 8, 12))
 
         entry = built(request(tmp_path, graph, dtype, gpu, scans=scans, plugins=False), tmp_path)
-        assert entry.plugins == {} and entry.fallback == "plugins were not asked for"
+        assert entry.plugins == {} and entry.fallback == "built with --no-plugin"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -176,7 +176,7 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
 
     code, out, err = run("inspect", bundle)
     assert (code, err) == (0, "")
-    assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: plugins were not asked for" in out
+    assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and "standard operators: built with --no-plugin" in out
     assert "profile latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and "changed" not in out
     other = built_engines[0]
     stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})

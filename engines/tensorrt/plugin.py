@@ -1,7 +1,7 @@
 """The TTT operators as TensorRT plugins that launch our cubins.
 
-TensorRT takes a plugin for a node of `ai.ttt` while its creator is registered, and the node's function body while it
-is not. What a plugin computes is in `engines/kernels`; here are its shapes, dtypes and the launch.
+TensorRT's parser turns an `ai.ttt` node into a plugin if the creator of that plugin is registered, else into the node's
+function body. This module has the plugin's shapes, its dtypes and the launch; `engines/kernels` has the computation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,15 @@ from ttt_video_engine.runtime.errors import BackendError
 
 NAMESPACE, VERSION = ttt_op.DOMAIN, str(ttt_op.VERSION)
 _ETA = 3
-"""Place of eta among the inputs."""
+"""Index of eta among the inputs."""
 
 
 @contextmanager
 def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[None]:
-    """Within the block, TTT nodes become plugins whose cubins for `gpu` lie in `kernels`; they are unloaded at its end.
+    """Registers the plugins for the block, with the cubins for `gpu` in the folder `kernels`.
 
-    Engines with plugins must be built, loaded and run within such a block.
+    Engines with plugins must be built, loaded and run within such a block. Raises BackendError where TensorRT refuses
+    a plugin.
     """
     registry = package.api.get_plugin_registry()
     loaded = _Kernels(kernels, gpu)
@@ -41,9 +42,9 @@ def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[N
 
 
 def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises BackendError naming the operator, the layer and the first input that is not as `ai.ttt` has it.
+    """Raises BackendError that names the operator, the layer and the first input with a wrong shape.
 
-    Sizes that are not known yet are negative and fit anything.
+    A negative size is unknown and matches any size.
     """
     where = f"{NAMESPACE}::{ttt_op.OP_TYPES[op]} {layer}"
     names = ttt_op.INPUTS[op]
@@ -66,7 +67,7 @@ def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> No
 
 
 class _Kernels:
-    """Cubins of one folder and GPU, loaded when first launched."""
+    """Cubins of one folder and GPU, each loaded on its first launch."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
         self.folder, self.gpu = folder, gpu
@@ -147,7 +148,9 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
             """Nothing to choose from. Without this method TensorRT reads a status of −1, which is an error."""
 
         def get_fields_to_serialize(self) -> Any:
-            return api.PluginFieldCollection([])  # all that a plugin needs is in the shapes and the bundle
+            return api.PluginFieldCollection(
+                []
+            )  # a plugin reads its sizes from the shapes and its cubin from the bundle
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()

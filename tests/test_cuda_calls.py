@@ -21,7 +21,7 @@ pytestmark = [
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("cuda.core")
     folder = tmp_path_factory.mktemp("driver")
-    command = ["cc", "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", HERE / "fake_driver.c", "-ldl"]
+    command = ["cc", "-shared", "-fPIC", "-w", "-o", str(folder / "libcuda.so.1"), str(HERE / "fake_driver.c"), "-ldl"]
     subprocess.run(command, check=True)
     return folder
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_video_engine.cli import app
+from ttt_video_engine.commands.group import load_command
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import transformer_graph
 from ttt_video_engine.export.graphs.weights import write_module
@@ -209,11 +208,10 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
     assert not any(candidate["fits"] for candidate in refused)
     export, sample = found["commands"]
     assert ("--weight-streaming" in export) == ("--gpu-memory" in sample) == ("weight_streaming" in settings)
-    group = typer.main.get_command(app)
     for command in (export, sample):
         program, name, *options = shlex.split(command)
         assert program == "ttt-video"
-        group.commands[name].make_context(name, options)  # type: ignore[attr-defined]  # raises for what is no option
+        load_command(name).make_context(name, options)  # raises for what is no option
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import av
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, prepare_jobs, render
+from ttt_video_engine.runtime.pipeline import denoise, encode_prompts, prepare_jobs, render
+from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 
@@ -41,7 +43,11 @@ def files_in(folder: Path) -> list[str]:
 def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
     """One scene is longer than fits, and no setting has its default, so that all of them are seen to arrive."""
     long = "The bear stirs the soup and looks out of the round window. " * 30
-    scenes = [{"text": "A bear."}, {"text": long, "requires_scene_transition": True}, {"text": "A bear eats soup."}]
+    scenes: list[dict[str, Any]] = [
+        {"text": "A bear."},
+        {"text": long, "requires_scene_transition": True},
+        {"text": "A bear eats soup."},
+    ]
     board = storyboard(tmp_path / "bear.json", scenes)
     options = "--num-steps 2 --sampler dpmpp-2m-sde --guidance constant --guidance-scale 3 --fps 24 --seed 7"
     out = tmp_path / "out"
@@ -116,7 +122,7 @@ def test_a_video_depends_on_its_scenes_and_the_settings_alone(run: Run, shared_b
     assert sha256_of(alone) == sha256_of(second) != sha256_of(first)
     with av.open(alone) as container:
         stream = container.streams.video[0]
-        assert (stream.frames, stream.average_rate) == (49, 16)
+        assert (stream.frames, stream.average_rate) == (49, Fraction(16))
 
     assert run("sample", mouse, *common, "--seed", 43, "--overwrite")[0] == 0
     assert sha256_of(alone) != sha256_of(second)

@@ -367,7 +367,7 @@ def test_an_array_on_the_gpu() -> None:
     host = np.arange(12, dtype=np.float16).reshape(3, 4)
     array = cuda.to_device(host.T, stream)
     stream.close()
-    assert (array.shape, array.dtype, array.ndim) == ((4, 3), np.float16, 2)
+    assert (array.shape, array.dtype, array.ndim) == ((4, 3), np.dtype(np.float16), 2)
     np.testing.assert_array_equal(np.asarray(array), host.T)
     np.testing.assert_array_equal(np.asarray(array, np.float32), host.T.astype(np.float32))
 

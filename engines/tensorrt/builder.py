@@ -43,8 +43,8 @@ class Scans:
 class BuildRequest:
     """One engine to build.
 
-    `profiles` have the shapes of the inputs with free axes. The graph must have exactly `inputs` and `outputs`. `key` goes
-    into the engine's JSON, cubins go into the folder `kernels`. `weights` is in bytes.
+    `profiles` have the shapes of the inputs with free axes. The graph must have exactly `inputs` and `outputs`. `key`
+    goes into the engine's JSON, cubins go into the folder `kernels`. `weights` is in bytes.
     """
 
     graph: str

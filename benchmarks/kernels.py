@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import triton
 import triton.language as tl
-from cuda.bindings import runtime
+from cuda.bindings import driver
+from cuda.core import EventOptions
 from measure import print_row, table
 from msgspec.structs import replace
 from simple_scan import simple_linear
 
-from ttt_video_engine.engines.cuda import DeviceArray, DeviceBuffer, Stream, check, device, to_device
+from ttt_video_engine.engines.cuda import DeviceArray, DeviceBuffer, Stream, device, to_device
 from ttt_video_engine.engines.kernels.compile import NoKernel, assemble, compile_kernel, constants
 from ttt_video_engine.engines.kernels.cubin import Cubin, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
@@ -120,7 +121,7 @@ def inputs(stream: Stream, op: TTTKind, batch: int, tokens: int) -> list[DeviceA
     eta = np.full((batch, HEADS, tokens), 0.5 / HEAD_DIM / mini_batch, np.float32)
     norm = [weight(HEADS, HEAD_DIM, mean=1.0), weight(HEADS, HEAD_DIM)]
     clips = [clip(unit=True), clip(unit=True), clip(unit=False)]
-    out = DeviceArray((batch, HEADS, tokens, HEAD_DIM), np.uint16)
+    out = DeviceArray((batch, HEADS, tokens, HEAD_DIM), np.uint16, stream)
     return [*clips, to_device(eta, stream), *norm, *(weight(*shape) for shape in weights[op]), out]
 
 
@@ -148,11 +149,11 @@ def simple_cubin(like: Cubin, gpu: str) -> tuple[Cubin, bytes]:
 def copy_ceiling(stream: Stream) -> float:
     """Bytes a second, read and written, of the device's own copy."""
     size = 1 << 30
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    with closing(DeviceBuffer(size)) as source, closing(DeviceBuffer(size)) as target:
+    with closing(DeviceBuffer(size, stream)) as source, closing(DeviceBuffer(size, stream)) as target:
 
         def copy() -> None:
-            check(runtime.cudaMemcpyAsync(target.pointer, source.pointer, size, kind, stream.handle), "a copy")
+            (status,) = driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, size, stream.handle)
+            assert status == driver.CUresult.CUDA_SUCCESS, status.name
 
         return 2 * size / seconds_of(stream, copy)
 
@@ -164,7 +165,7 @@ def matmul_ceiling(stream: Stream, gpu: str) -> float:
     compiled = assemble(matmul, types, tiles, gpu=gpu, num_warps=8, num_stages=3)
     random = np.random.default_rng(0).standard_normal((MATRIX, MATRIX), dtype=np.float32)
     factor = (random.view(np.uint32) >> 16).astype(np.uint16)
-    arrays = [to_device(factor, stream), to_device(factor, stream), DeviceArray((MATRIX, MATRIX), np.uint16)]
+    arrays = [to_device(factor, stream), to_device(factor, stream), DeviceArray((MATRIX, MATRIX), np.uint16, stream)]
     cubin = Cubin(
         op="linear",
         gpu=gpu,
@@ -191,16 +192,14 @@ def matmul_ceiling(stream: Stream, gpu: str) -> float:
 
 def seconds_of(stream: Stream, launch: Launch) -> float:
     """Median over many launches, by the GPU's own clock; the first two are not counted."""
-    events = [check(runtime.cudaEventCreate(), "an event") for _ in range(2)]
-    taken = []
+    timed = EventOptions(timing_enabled=True)
+    taken: list[float] = []
     for _ in range(REPETITIONS + 2):
-        check(runtime.cudaEventRecord(events[0], stream.handle), "an event")
+        start = stream.core.record(options=timed)
         launch()
-        check(runtime.cudaEventRecord(events[1], stream.handle), "an event")
+        end = stream.core.record(options=timed)
         stream.synchronize("a kernel")
-        taken.append(check(runtime.cudaEventElapsedTime(*events), "an event") / 1e3)
-    for event in events:
-        check(runtime.cudaEventDestroy(event), "an event")
+        taken.append((end - start) / 1e3)  # from ms
     return median(taken[2:])
 
 

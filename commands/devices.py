@@ -5,6 +5,7 @@ import typer
 
 from ttt_video_engine.commands.options import Debug, Json
 from ttt_video_engine.engines.devices import survey
+from ttt_video_engine.planning.table import text_table
 
 
 def devices(json: Json = False, debug: Debug = False) -> None:
@@ -14,9 +15,12 @@ def devices(json: Json = False, debug: Debug = False) -> None:
     if json:
         typer.echo(msgspec.json.encode(found).decode())
         return
-    for backend in found.backends:
-        usable = "yes" if backend.usable else f"no   {backend.reason}"
-        typer.echo(f"{backend.name:<22} {backend.version or 'not installed':<16} {usable}")
+    rows = [
+        (backend.name, backend.version or "not installed", "yes" if backend.usable else "no", backend.reason)
+        for backend in found.backends
+    ]
+    for line in text_table(rows):
+        typer.echo(line)
     for gpu in found.gpus:
         memory = f"{gpu.free_memory / 2**30:.1f} of {gpu.total_memory / 2**30:.1f} GiB free"
         typer.echo(f"GPU {gpu.index}: {gpu.name}, {gpu.gpu}, {memory}, driver for CUDA {gpu.driver}")

@@ -7,6 +7,7 @@ import msgspec
 import typer
 
 from ttt_video_engine.commands.options import Debug, Json
+from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import BackendError, CheckFailed, ConfigError
 
@@ -37,17 +38,15 @@ def parity(
 
 
 def _compare_recordings(golden: Path, json: bool) -> None:
-    from ttt_video_engine.export.parity.recordings import TOLERANCE, Comparison, compare_recordings
+    from ttt_video_engine.export.parity.recordings import TOLERANCE, compare_recordings
 
-    rows: list[Comparison] = []
-    for row in compare_recordings(golden):
-        if not json and not rows:
-            typer.echo(f"{'recording':<28} {'kind':<12} {'reference':>10} {'onnx':>10}")
-        rows.append(row)
-        if not json:
-            typer.echo(f"{row.recording:<28} {row.kind:<12} {row.reference_error:>10.1e} {row.onnx_error:>10.1e}")
+    rows = list(compare_recordings(golden))
     if json:
         typer.echo(msgspec.json.encode(rows).decode())
+    else:
+        header = ("recording", "kind", "reference", "onnx")
+        cells = ((row.recording, row.kind, f"{row.reference_error:.1e}", f"{row.onnx_error:.1e}") for row in rows)
+        typer.echo("\n".join(text_table([header, *cells], numbers=(2, 3))))
     failed = [row.recording for row in rows if not max(row.reference_error, row.onnx_error) <= TOLERANCE]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} over {TOLERANCE:.0e}: {', '.join(failed)}")
@@ -60,17 +59,15 @@ def _ask_polygraphy(root: Path, output: Path, json: bool) -> None:
         import polygraphy  # noqa: F401  # asked for first, so that no other import's failure is taken for its own
     except ImportError as error:
         raise BackendError("polygraphy is not installed; run: pip install 'ttt-video-engine[polygraphy]'") from error
-    from ttt_video_engine.export.parity.second_opinion import Opinion, second_opinions
+    from ttt_video_engine.export.parity.second_opinion import second_opinions
 
-    rows: list[Opinion] = []
-    for row in second_opinions(bundle, output):
-        if not json and not rows:
-            typer.echo(f"{'graph':<20} {'runner':<12} {'error':>10} {'allowed':>10}")
-        rows.append(row)
-        if not json:
-            typer.echo(f"{row.graph:<20} {row.runner:<12} {row.max_error:>10.1e} {row.tolerance:>10.0e}")
+    rows = list(second_opinions(bundle, output))
     if json:
         typer.echo(msgspec.json.encode(rows).decode())
+    else:
+        header = ("graph", "runner", "error", "allowed")
+        cells = ((row.graph, row.runner, f"{row.max_error:.1e}", f"{row.tolerance:.0e}") for row in rows)
+        typer.echo("\n".join(text_table([header, *cells], numbers=(2, 3))))
     failed = [f"{row.graph} in {row.runner}" for row in rows if not row.passed]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} not as in ONNX Runtime: {', '.join(failed)}")

@@ -1,6 +1,5 @@
-"""How far a command is: bars with the time that remains on a terminal, a line a stage elsewhere."""
+"""How far a command is: bars with the time that remains on a terminal, lines elsewhere."""
 
-import sys
 from types import TracebackType
 from typing import Self
 
@@ -11,36 +10,50 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class ProgressDisplay:
     """Shows stages on standard error; `update` is a `runtime.callbacks.Progress`.
 
-    `passing` stages leave nothing behind: no bar when they are done, and no line where there is no terminal.
+    Every stage has one bar; a stage that begins again gets a new one in its place. `passing` stages leave nothing
+    behind: no bar when they are done, and no line where there is no terminal.
     """
 
-    def __init__(self, *, passing: bool = False) -> None:
+    def __init__(self, *, passing: bool = False, console: Console | None = None) -> None:
         self._passing = passing
-        self._console = Console(stderr=True)
+        self._console = console or Console(stderr=True)
         columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._stage: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last: tuple[str, int, int] | None = None
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """A stage begins (done is 0) or has come further."""
-        if not self._console.is_terminal:
-            if self._passing:
-                return
-            if done == 0:
-                sys.stderr.write(f"{stage}: {total} to do\n")
-            elif done % max(1, total // 5) == 0 or done == total:
-                sys.stderr.write(f"{stage}: {done}/{total}\n")
+        """Shows that `done` of `total` parts of a stage are done; a stage begins with 0."""
+        if self._last == (stage, done, total):  # as counts of MiB say for every small tensor
             return
-        if done == 0 or self._stage is None:
-            self._stage = self._bars.add_task(stage, total=total)
-        self._bars.update(self._stage, completed=done)
-        if self._passing and done == total:
-            self._bars.remove_task(self._stage)
-            self._stage = None
+        self._last = (stage, done, total)
+        if self._console.is_terminal:
+            self._show_bar(stage, done, total)
+        elif not self._passing:
+            self._print_line(stage, done, total)
 
     def line(self, text: str) -> None:
         """Prints a line, above the bars where there are some."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show_bar(self, stage: str, done: int, total: int) -> None:
+        if done == 0:
+            self._remove_bar(stage)
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+        if self._passing and done == total:
+            self._remove_bar(stage)
+
+    def _remove_bar(self, stage: str) -> None:
+        if stage in self._tasks:
+            self._bars.remove_task(self._tasks.pop(stage))
+
+    def _print_line(self, stage: str, done: int, total: int) -> None:
+        if done == 0:
+            self.line(f"{stage}: {total} to do")
+        elif done % max(1, total // 5) == 0 or done == total:
+            self.line(f"{stage}: {done}/{total}")
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -1,1 +1,1 @@
-"""Runs graphs: the implementations of `runtime.engine.Runner`. Never torch."""
+"""Runs graphs: the implementations of `runtime.runner.Runner`. Imports no torch."""

@@ -1,12 +1,11 @@
-"""What can run graphs on this machine, and why the rest cannot."""
+"""What can run graphs on this machine, and the reason why another backend cannot."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import onnxruntime as ort
-
 from ttt_video_engine.engines.cuda import Device, devices
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, check_provider
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.engines.tensorrt.engine import PackageName
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.runtime.errors import BackendError
@@ -14,7 +13,7 @@ from ttt_video_engine.runtime.errors import BackendError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run graphs. `reason` says why it is not usable and what to do, and is empty where it is usable."""
+    """One way to run graphs. `reason` says why it is unusable and what to do; it is empty where it is usable."""
 
     name: str
     version: str | None
@@ -24,7 +23,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Survey:
-    """All backends, the GPUs, and why there are none where there are none."""
+    """All backends and GPUs. `no_gpu` says why no GPU was found; it is empty where one was."""
 
     backends: tuple[Backend, ...]
     gpus: tuple[Device, ...]
@@ -32,7 +31,7 @@ class Survey:
 
 
 def survey() -> Survey:
-    """Looks at the machine. Imports what is installed, loads no graph, raises nothing."""
+    """Examines this machine. Imports the installed packages, loads no graph, raises nothing."""
     gpus: tuple[Device, ...] = ()
     no_gpu = ""
     try:
@@ -54,7 +53,7 @@ def _provider(name: str, no_gpu: str) -> Backend:
 
 
 def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backend:
-    """TensorRT needs its package, cuda-bindings, and a GPU that it builds for."""
+    """TensorRT needs its package, cuda-core, and a GPU that the package supports."""
     try:
         found = load_package(name).version
     except BackendError as error:
@@ -63,13 +62,13 @@ def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backen
         return Backend(name, found, False, no_gpu)
     others = [gpu.gpu for gpu in gpus if package_for(gpu.gpu) != name]
     if len(others) == len(gpus):
-        reason = f"{', '.join(others)} runs with {package_for(others[0])} here; install that one"
+        reason = f"{', '.join(others)} needs {package_for(others[0])}; install that package"
         return Backend(name, found, False, reason)
     return Backend(name, found, True, "")
 
 
 def _distribution_version(name: PackageName) -> str | None:
-    """Version of a package that may be installed though it does not load."""
+    """Version of a package that is installed and does not load; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

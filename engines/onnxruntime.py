@@ -1,4 +1,4 @@
-"""Graphs in ONNX Runtime: on the CPU, or on an NVIDIA GPU where onnxruntime-gpu is installed."""
+"""Runs graphs in ONNX Runtime: on the CPU, or with onnxruntime-gpu on an NVIDIA GPU."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-import onnxruntime as ort
 
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError
 from ttt_video_engine.runtime.runner import AnyArray, Array, TensorSpec, check_inputs
@@ -18,16 +18,16 @@ PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""ONNX Runtime's names: the provider asked for, then those that take what it leaves."""
+"""Execution providers by choice: the chosen one first, then those that run the nodes it does not support."""
 
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeRunner:
-    """One ONNX file in a session of its own.
+    """One ONNX file in its own session.
 
-    `inputs` and `outputs` are what the file must have; BackendError where it has others, or where it does not load.
+    Raises BackendError where the file does not load, or where its inputs and outputs are not `inputs` and `outputs`.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class OnnxRuntimeRunner:
         options.log_severity_level = _ERRORS_ONLY
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime raises a class of its own for each status code, without a base
+        except Exception as error:  # its exceptions have no common base class
             raise BackendError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         _check_signature(path, inputs, self._session.get_inputs())
         _check_signature(path, outputs, self._session.get_outputs())
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers that started, the first choice first."""
+        """The execution providers that started, in order of preference."""
         return self._session.get_providers() if self._session is not None else []
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
@@ -77,9 +77,10 @@ class OnnxRuntimeRunner:
 
 
 class OnnxRuntimeLoader:
-    """Loads graphs of a bundle. `provider` None takes CUDA where ONNX Runtime has it, `num_threads` 0 every core.
+    """Loads graphs of a bundle.
 
-    Raises BackendError for a provider that ONNX Runtime does not have, and for a bundle in bfloat16.
+    `provider` None means CUDA if this ONNX Runtime has it, else the CPU; `num_threads` 0 means every core. Raises
+    BackendError for a provider that this ONNX Runtime lacks, and for a bfloat16 bundle.
     """
 
     def __init__(self, bundle: Bundle, *, provider: ProviderName | None = None, num_threads: int = 0) -> None:
@@ -92,37 +93,43 @@ class OnnxRuntimeLoader:
         self._providers = available_providers() if provider is None else check_provider(provider)
         self._provider = provider
         self._num_threads = num_threads
+        self._environment = {"engine": "onnxruntime", "onnxruntime": ort.__version__, "provider": self._providers[0]}
 
     def check(self, graphs: Iterable[str]) -> None:
         """Raises BundleError where the bundle lacks one of these graphs."""
         for graph in graphs:
             self._bundle.graph(graph)
 
+    def environment(self) -> dict[str, str]:
+        """As `RunnerLoader.environment`; `provider` is the one that the graph loaded last runs on."""
+        return dict(self._environment)
+
     def __call__(self, graph: str) -> OnnxRuntimeRunner:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
-        engine = OnnxRuntimeRunner(
+        runner = OnnxRuntimeRunner(
             path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
         )
-        # ONNX Runtime goes on without a provider that does not start, and says so in its log only.
-        if self._provider is not None and self._providers[0] not in engine.providers:
+        # Where a provider does not start, ONNX Runtime takes the next one and says so in its log only.
+        if self._provider is not None and self._providers[0] not in runner.providers:
             raise BackendError(
                 f"--provider {self._provider}: {self._providers[0]} did not start; check the GPU and its driver, "
                 "or use --provider cpu"
             )
-        return engine
+        self._environment["provider"] = runner.providers[0]
+        return runner
 
 
 def available_providers() -> tuple[str, ...]:
-    """Execution providers in order of preference, of those that this build of ONNX Runtime has."""
+    """The execution providers of this ONNX Runtime, in order of preference."""
     available = ort.get_available_providers()
     return tuple(name for name in PROVIDERS["cuda"] if name in available)
 
 
 def check_provider(provider: ProviderName) -> tuple[str, ...]:
-    """The execution providers behind a choice. Raises BackendError where this build of ONNX Runtime lacks one.
+    """The execution providers of a choice. Raises BackendError where this ONNX Runtime lacks one.
 
-    Whether a GPU is there shows when a graph is loaded.
+    A missing GPU is found only when a graph is loaded.
     """
     available = ort.get_available_providers()
     for name in PROVIDERS[provider]:
@@ -138,11 +145,11 @@ def _check_signature(path: Path, expected: tuple[TensorSpec, ...], nodes: list[o
     found = {node.name: _spec(node) for node in nodes}
     for spec in expected:
         if found.get(spec.name) != spec:
-            has = found.get(spec.name, "nothing of that name")
-            raise BackendError(f"{path}: the bundle promises {spec}, the graph has {has}; {EXPORT_AGAIN}")
+            has = found.get(spec.name, "no such tensor")
+            raise BackendError(f"{path}: the bundle lists {spec}, the graph has {has}; {EXPORT_AGAIN}")
     extra = sorted(set(found) - {spec.name for spec in expected})
     if extra:
-        raise BackendError(f"{path}: the graph has {', '.join(extra)}, not in the bundle; {EXPORT_AGAIN}")
+        raise BackendError(f"{path}: the graph has {', '.join(extra)}, which the bundle does not list; {EXPORT_AGAIN}")
 
 
 def _spec(node: ort.NodeArg) -> TensorSpec:

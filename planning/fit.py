@@ -1,16 +1,16 @@
 """Whether a model fits, before anything is built, and the least costly settings that make it.
 
-The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estimated instead of read from a plan.
+The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estimated instead of read from an engine.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.tensorrt.checks import weight_budget
+from ttt_video_engine.engines.tensorrt.checks import EngineMemory, weight_budget
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.planning.flops import VideoFlops, video_flops
 from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
@@ -25,7 +25,7 @@ MORE_RAM = "add swap, or export where there is more"
 """What to do where TensorRT's build does not fit."""
 
 GRAPHS = {"text_encoder": 1, "transformer": 1, "vae_decoder": 2}
-"""Graphs of one length; TensorRT builds the weights into the plan of each."""
+"""Graphs of one length; TensorRT builds the weights into the engine of each."""
 
 
 class MemorySettings(Struct, frozen=True, kw_only=True):
@@ -52,7 +52,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
 
 class ComponentNeeds(Struct, frozen=True, kw_only=True):
-    """One component with the settings asked for. `gpu`, and `build_ram` to make its plans with, are None in ONNX
+    """One component with the settings asked for. `gpu`, and `build_ram` to build its engines with, are None in ONNX
     Runtime; `disk` is without graphs, which are small, where there is no bundle yet; `flops` are those of a whole
     video."""
 
@@ -155,20 +155,15 @@ def settings_to_try(wanted: PlanInput) -> Iterator[MemorySettings]:
 
 
 def disk_bytes(bundle: Bundle) -> dict[str, int]:
-    """Bytes of each component of a bundle: graphs, weights and TensorRT plans."""
+    """Bytes of each component of a bundle: graphs, weights and TensorRT engines."""
     files = [(name, entry.size) for name, entry in bundle.manifest.files.items() if not name.startswith(ENGINES)]
-    files += [(plan.entry.graph, plan.entry.size) for plan in list_engines(bundle.root)]
+    files += [(engine.entry.graph, engine.entry.size) for engine in list_engines(bundle.root)]
     return {component: sum(size for name, size in files if name.startswith(component)) for component in GRAPHS}
 
 
-def available_ram() -> int | None:
-    """Bytes that this machine can give without swapping; None where it does not say (it does on Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(kibibytes) << 10 for kibibytes in found), None)
+def available_ram() -> int:
+    """Bytes of RAM that this machine can give without swapping."""
+    return psutil.virtual_memory().available
 
 
 def _candidate(wanted: PlanInput, settings: MemorySettings, available: int | None) -> Candidate:
@@ -201,14 +196,9 @@ def _gpu(wanted: PlanInput, settings: MemorySettings) -> dict[str, ComponentMemo
 def _runs(name: str, memory: ComponentMemory, settings: MemorySettings, available: int) -> bool:
     """Whether the runner would take a component on."""
     try:
-        weight_budget(
-            name,
-            weights=memory.weights,
-            streamable=memory.weights if settings.weight_streaming else 0,
-            activations=memory.activations,
-            available=available - memory.process - memory.io,
-            low_memory=settings.low_memory,
-        )
+        streamable = memory.weights if settings.weight_streaming else None
+        engine = EngineMemory(memory.weights, memory.activations, streamable)
+        weight_budget(name, engine, available - memory.process - memory.io, low_memory=settings.low_memory)
     except BackendError:
         return False
     return True
@@ -227,11 +217,11 @@ def _components(wanted: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeed
         "transformer": flops.num_steps * flops.transformer_step,
         "vae_decoder": flops.vae_decoder,
     }
-    plans = {name: GRAPHS[name] * size if gpu else 0 for name, size in weights.items()}
+    engines = {name: GRAPHS[name] * size if gpu else 0 for name, size in weights.items()}
     return {
         name: ComponentNeeds(
             parameters=num_parameters(shapes),
-            disk=wanted.disk[name] if wanted.disk is not None else weights[name] + plans[name],
+            disk=wanted.disk[name] if wanted.disk is not None else weights[name] + engines[name],
             ram=ram[name],
             build_ram=build_memory(weights[name]) if gpu else None,
             gpu=gpu.get(name),

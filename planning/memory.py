@@ -29,7 +29,7 @@ GPU_HOST_PROCESS = 1 << 30
 """RAM of a process that runs TensorRT: libraries and CUDA's driver. An allowance, not measured."""
 BUILD_PROCESS = 512 << 20
 BUILD_WEIGHTS = 1.8
-"""TensorRT holds the plan that it makes, and up to four fifths of the weights once more. Their file is mapped, and
+"""TensorRT holds the engine that it builds, and up to four fifths of the weights once more. Their file is mapped, and
 leaves memory where there is no room. TensorRT-RTX 1.7: `python benchmarks/full_width.py --num-layers 12`."""
 GPU_STREAMS = 12
 """Tensors [B, L, D] at once in the second TTT pass of a layer: the residual, what attention gave, the sum with the
@@ -92,7 +92,7 @@ def host_memory(model: ModelConfig, length: str) -> dict[str, int]:
 
 
 def build_memory(weights: int) -> int:
-    """RAM that TensorRT takes to make a plan of a component with that many bytes of weights."""
+    """RAM that TensorRT takes to build an engine of a component with that many bytes of weights."""
     return BUILD_PROCESS + int(BUILD_WEIGHTS * weights)
 
 

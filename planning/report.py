@@ -6,6 +6,7 @@ from textwrap import wrap
 
 from ttt_video_engine.planning.fit import MORE_RAM, Candidate, Fit, MemorySettings, Stored
 from ttt_video_engine.planning.shapes import can_be_seeded
+from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.bundle import Bundle, transformer_graph_name
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.presets import PRESETS
@@ -13,7 +14,7 @@ from ttt_video_engine.runtime.settings import Settings
 
 GPU_NOTE = """\
 GPU figures are estimates: none has been measured on a GPU. Components are in memory one at a time.
-Disk is for weights and, with TensorRT, the plans of one GPU architecture."""
+Disk is for weights and, with TensorRT, the engines of one GPU architecture."""
 CPU_NOTE = """\
 RAM figures are estimates, within 15% of what was measured for tiny and debug on a CPU, at one
 component at a time. ONNX Runtime computes in float32 there: float16 saves disk, not memory."""
@@ -32,14 +33,14 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
     scenes = f"{size.num_scenes} scene{'s' if size.num_scenes > 1 else ''}"
     yield f"{asked.length}: {scenes}, {tokens:,} tokens, {frames:,} frames, {found.num_steps} steps"
     yield ""
-    yield from _table(_component_rows(found))
+    yield from _aligned(_component_rows(found))
     yield ""
     yield f"one denoising step: {tera(found.flops_per_step)} TFLOP, both branches of guidance"
     yield f"the whole video:    {tera(found.flops_per_video)} TFLOP"
     if found.engine == "tensorrt":
-        yield from wrap(f"building the plans: {building(found)}", _COLUMNS)
+        yield from wrap(f"building the engines: {building(found)}", _COLUMNS)
     yield ""
-    yield from _table(_candidate_rows(found))
+    yield from _aligned(_candidate_rows(found))
     yield ""
     yield from wrap(verdict(found), _COLUMNS)
     for name, stored in checkpoint.items():
@@ -132,7 +133,7 @@ def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | N
 
 
 def describe(settings: MemorySettings) -> str:
-    """The settings of a settings as options."""
+    """Settings as the options of export and sample."""
     options = [f"--length {settings.length}", f"--precision {settings.dtype}"]
     options += ["--low-memory"] * settings.low_memory + ["--weight-streaming"] * settings.weight_streaming
     return " ".join(options)
@@ -147,7 +148,7 @@ def tera(flops: int) -> str:
 
 
 def _has(bundle: Bundle, settings: MemorySettings, found: Fit) -> bool:
-    """Whether a bundle renders with this settings as it is. Plans depend on a GPU that is not known here."""
+    """Whether a bundle renders with these settings as it is. Engines depend on a GPU that is not known here."""
     manifest = bundle.manifest
     return found.engine == "onnxruntime" and transformer_graph_name(settings.length) in manifest.graphs
 
@@ -190,10 +191,7 @@ def _wrapped(command: str) -> Iterator[str]:
     yield line
 
 
-def _table(rows: Iterator[list[str]]) -> Iterator[str]:
+def _aligned(rows: Iterator[list[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for first, *rest in cells:
-        aligned = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        yield "  ".join([first.ljust(widths[0]), *aligned]).rstrip()
+    return text_table(cells, numbers=range(1, len(cells[0])))

@@ -8,13 +8,14 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import av
 import msgspec
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from ttt_video_engine import __version__
@@ -43,7 +44,14 @@ from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
 
 VIDEO, SIDECAR = "video.mp4", "video.json"
 SIDECAR_VERSION = 1
-_PACKAGES = ("numpy", "onnxruntime", "av", "tokenizers")
+_VERSIONS = {
+    "ttt-video-engine": __version__,
+    "python": platform.python_version(),
+    "numpy": np.__version__,
+    "av": av.__version__,
+    "tokenizers": tokenizers.__version__,
+}
+"""Of what is loaded, whatever the distribution is called that it was installed from."""
 
 Floats = NDArray[np.float32]
 
@@ -93,10 +101,10 @@ def render(
     bundle: Bundle, load: RunnerLoader, jobs: list[Job], settings: Settings, cache: TextCache, progress: Progress
 ) -> Iterator[Path]:
     """Renders every job and yields the path of each mp4 as it is complete."""
-    bundle_digest = bundle.sha256
+    rendering = _Rendering(bundle, bundle.sha256, load, settings, progress)
     texts = encode_prompts(load, jobs, cache, progress)
     for job, (text, text_seconds) in zip(jobs, texts, strict=True):
-        yield _render_one(bundle, bundle_digest, load, job, text, text_seconds, settings, progress)
+        yield _render_one(rendering, job, text, text_seconds)
 
 
 def encode_prompts(
@@ -181,63 +189,68 @@ def decode(bundle: Bundle, load: RunnerLoader, latents: Floats) -> Iterator[NDAr
             yield to_frames(np.asarray(outputs["frames"], np.float32))
 
 
-def _render_one(
-    bundle: Bundle,
-    bundle_digest: str,
-    load: RunnerLoader,
-    job: Job,
-    text: Floats,
-    text_seconds: float,
-    settings: Settings,
-    progress: Progress,
-) -> Path:
-    model = bundle.manifest.model
-    size = model.clip_size(job.length)
+@dataclass(frozen=True)
+class _Rendering:
+    """What all videos of a call have in common."""
+
+    bundle: Bundle
+    bundle_sha256: str
+    load: RunnerLoader
+    settings: Settings
+    progress: Progress
+
+
+def _render_one(rendering: _Rendering, job: Job, text: Floats, text_seconds: float) -> Path:
+    """Writes one video and its sidecar; the path of the video."""
+    model, settings, progress = rendering.bundle.manifest.model, rendering.settings, rendering.progress
 
     start = perf_counter()
     progress("denoise", 0, settings.num_steps)
-    for step in denoise(bundle, load, job.length, text, settings):
+    for step in denoise(rendering.bundle, rendering.load, job.length, text, settings):
         latents = step.latents
         progress("denoise", step.index + 1, step.num_steps)
     denoised = perf_counter()
 
-    num_windows = (size.num_frames - 1) // model.vae.temporal_window
+    num_windows = (model.clip_size(job.length).num_frames - 1) // model.vae.temporal_window
 
     def windows() -> Iterator[NDArray[np.uint8]]:
         progress("decode", 0, num_windows)
-        for done, window in enumerate(decode(bundle, load, latents), start=1):
+        for done, window in enumerate(decode(rendering.bundle, rendering.load, latents), start=1):
             yield window
             progress("decode", done, num_windows)
 
     video = job.folder / VIDEO
     num_frames = write_mp4(video, windows(), width=model.width, height=model.height, fps=settings.fps)
     (job.folder / SIDECAR).unlink(missing_ok=True)  # of the video that was here before
-    decoded = perf_counter()
+    seconds = {"text": text_seconds, "denoise": denoised - start, "decode": perf_counter() - denoised}
+    sidecar = _sidecar(rendering, job, num_frames, seconds)
+    with atomic_write(job.folder / SIDECAR) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n")
+    return video
 
-    sidecar: dict[str, Any] = {
+
+def _sidecar(rendering: _Rendering, job: Job, num_frames: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """What is written beside a video, see docs/formats.md."""
+    manifest = rendering.bundle.manifest
+    model = manifest.model
+    return {
         "format_version": SIDECAR_VERSION,
         "video": VIDEO,
-        "sha256": sha256_of(video),
+        "sha256": sha256_of(job.folder / VIDEO),
         "length": job.length,
         "num_frames": num_frames,
         "width": model.width,
         "height": model.height,
         "storyboard": {"source": job.storyboard.source, "scenes": job.storyboard.scenes},
         "truncations": [truncation.message for truncation in job.prompts.truncations],
-        "settings": settings,
+        "settings": rendering.settings,
         "bundle": {
-            "sha256": bundle_digest,
+            "sha256": rendering.bundle_sha256,
             "preset": model.name,
             "ttt": model.transformer.ttt,
-            "dtype": bundle.manifest.dtype,
+            "dtype": manifest.dtype,
         },
-        "seconds": {"text": text_seconds, "denoise": denoised - start, "decode": decoded - denoised},
-        "versions": {
-            "ttt-video-engine": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "seconds": seconds,
+        "environment": rendering.load.environment(),
+        "versions": _VERSIONS,
     }
-    with atomic_write(job.folder / SIDECAR) as partial:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n")
-    return video

@@ -74,6 +74,13 @@ class RunnerLoader(Protocol):
 
     def __call__(self, graph: str) -> Runner: ...
 
+    def environment(self) -> dict[str, str]:
+        """What runs the graphs, for the record: `engine`, packages with their versions, provider or GPU.
+
+        Complete as soon as the loader exists, so that asking for it cannot fail after hours of work.
+        """
+        ...
+
 
 def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, AnyArray]) -> None:
     """Raises BackendError unless `inputs` are exactly what the graph takes; free axes of one name must agree."""

@@ -137,6 +137,6 @@ def _wait(history: Path, failure: Path) -> None:
 
 def _has_gpu() -> bool:
     try:
-        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+        return bool(ctypes.CDLL("libcuda.so.1").cuInit(0) == 0)
     except OSError:
         return False

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 State = dict[str, Tensor]
 
@@ -44,7 +44,7 @@ def _save_shards(state: State, folder: Path, pattern: str, save: Callable[[State
 def save_distributed(content: Mapping[str, object], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is only one process
-        distributed.save(dict(content), checkpoint_id=folder, no_dist=True)
+        save_checkpoint(dict(content), checkpoint_id=folder, no_dist=True)
 
 
 FORMATS: dict[str, Callable[[State, Path], None]] = {

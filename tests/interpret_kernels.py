@@ -6,6 +6,7 @@ writes OUT, and answers with a line.
 
 import os
 import sys
+from typing import Any, cast
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
 from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
+from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.ttt_op import INPUTS
 
-KERNELS = {"linear": ttt_linear, "mlp": ttt_mlp}
+KERNELS: dict[str, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
 
 
 def main(source: str, target: str) -> None:
@@ -27,7 +29,7 @@ def main(source: str, target: str) -> None:
         out = torch.full_like(inputs["XQ"], float("nan"))
         # The interpreter is wrong in products of anything but float32, without a word.
         sizes = {"C": mini_batch_size, "F": head_dim, "PRECISION": "ieee"}
-        tensors = [inputs[name] for name in INPUTS[op]]
+        tensors = [inputs[name] for name in INPUTS[cast(TTTKind, op)]]
         KERNELS[op][(batch * heads,)](*tensors, out, heads, num_mini_batches, **sizes)
         save_file({"XQW": out}, target)
         print("done", flush=True)

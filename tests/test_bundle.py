@@ -11,6 +11,7 @@ from messages import refused_with
 from ttt_video_engine.runtime import bundle as bundles
 from ttt_video_engine.runtime.bundle import MANIFEST, open_bundle
 from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.files import sha256_of
 
 WEIGHTS = "transformer/model.onnx_data"
 
@@ -19,7 +20,7 @@ WEIGHTS = "transformer/model.onnx_data"
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose digests were taken."""
     names: list[str] = []
-    real = bundles.sha256_of
+    real = sha256_of
 
     def noted(path: Path) -> str:
         names.append(path.name)

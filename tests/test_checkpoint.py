@@ -79,10 +79,11 @@ def test_a_t5_of_transformers_is_cut_to_the_vocabulary(
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        tie_word_embeddings=False,  # type: ignore[call-arg]  # of its base class
     )
     torch.manual_seed(0)
-    published = architecture(config).eval()
+    published = architecture(config)
+    published.train(False)
     published.save_pretrained(tmp_path / "text_encoder")
     encoder = CheckpointSource(tiny("linear"), tmp_path).text_encoder().load()
 
@@ -96,9 +97,9 @@ def test_a_t5_of_transformers_is_cut_to_the_vocabulary(
 
 def test_a_t5_with_too_few_rows_is_refused() -> None:
     with refused_with(CheckpointError, "shared.weight", 10, 12):
-        text_encoder_weights({"shared.weight": torch.ones(10, 4)}, vocab_size=12)
+        text_encoder_weights(stored({"shared.weight": torch.ones(10, 4)}), vocab_size=12)
     with refused_with(CheckpointError, "shared.weight", 0, 12):
-        text_encoder_weights({"encoder.final_layer_norm.weight": torch.ones(4)}, vocab_size=12)
+        text_encoder_weights(stored({"encoder.final_layer_norm.weight": torch.ones(4)}), vocab_size=12)
 
 
 def test_names_that_do_not_fit_are_listed() -> None:

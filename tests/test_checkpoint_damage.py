@@ -18,7 +18,7 @@ import torch
 from formats import save_distributed
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from ttt_video_engine.reference.checkpoints.lazy import open_state
 from ttt_video_engine.runtime.errors import CheckpointError
@@ -240,16 +240,17 @@ def change_table(folder: Path, change: Callable[[Metadata], object]) -> None:
 
 
 def resize(table: Metadata, size: tuple[int, ...]) -> None:
-    table.state_dict_metadata["weight"].size = torch.Size(size)
-    table.state_dict_metadata["weight"].chunks[0].sizes = torch.Size(size)
+    weight = table.state_dict_metadata["weight"]
+    assert isinstance(weight, TensorStorageMetadata)
+    weight.size = weight.chunks[0].sizes = torch.Size(size)
 
 
 def cut(table: Metadata, *chunks: tuple[tuple[int, int], tuple[int, int]]) -> None:
     """Replaces the only chunk by chunks of (start, shape) that all lie where it did."""
     ((index, place),) = table.storage_data.items()
-    table.state_dict_metadata["weight"].chunks = [
-        ChunkStorageMetadata(torch.Size(start), torch.Size(shape)) for start, shape in chunks
-    ]
+    weight = table.state_dict_metadata["weight"]
+    assert isinstance(weight, TensorStorageMetadata)
+    weight.chunks = [ChunkStorageMetadata(torch.Size(start), torch.Size(shape)) for start, shape in chunks]
     table.storage_data = {dataclasses.replace(index, offset=torch.Size(start)): place for start, _ in chunks}
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 
 GOLDEN = Path(__file__).parent / "golden"
-SCANS = {"linear": ttt_linear, "mlp": ttt_mlp}
+SCANS: dict[TTTKind, Callable[..., Tensor]] = {"linear": ttt_linear, "mlp": ttt_mlp}
 WEIGHTS: dict[TTTKind, tuple[str, ...]] = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """Of the largest value: parity, then one rounding of the output. In the interpreter all arithmetic is float32."""

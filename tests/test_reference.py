@@ -1,6 +1,7 @@
 """The PyTorch model: orders of tokens, the learning rates' quirk, windows of decoding, names of parameters."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from ttt_video_engine.runtime.presets import tiny
 
 
 def config(ttt: TTTKind = "linear", **sizes: int) -> TransformerConfig:
-    defaults = {"model_dim": 32, "num_heads": 2, "num_layers": 2, "text_dim": 24, "time_embed_dim": 40}
+    defaults: dict[str, Any] = {"model_dim": 32, "num_heads": 2, "num_layers": 2, "text_dim": 24, "time_embed_dim": 40}
     return TransformerConfig(ttt=ttt, ttt_base_lr=0.5, **{"mini_batch_size": 16, **defaults, **sizes})
 
 
 def layout(scenes: int, text_length: int, height: int = 2, width: int = 3, **sizes: int) -> TokenLayout:
-    model = config(**sizes)
+    model = config("linear", **sizes)
     num_frames = scenes * model.attn_length + model.prefix_temporal_length
     return TokenLayout(model, scenes, text_length, num_frames, height, width)
 
@@ -101,7 +102,7 @@ def ttt_inputs_of_scan(of: TokenLayout, x: Tensor) -> tuple[TTTLayer, list[Tenso
         seen.extend(inputs)
         return inputs[0]
 
-    layer.scan = scan
+    layer.scan = scan  # type: ignore[assignment]  # of any number of inputs
     with torch.no_grad():
         layer(x, of)
     return layer, seen
@@ -285,7 +286,9 @@ def test_seeded_weights_depend_on_the_seed_alone(seed: int) -> None:
 
 
 def test_seeded_ttt_weights_are_those_of_a_fresh_layer() -> None:
-    ttt = seeded(lambda: DiffusionTransformer(config("mlp")), 0).layers[0].seq_modeling_block.ssm.ttt
+    ttt: Any = seeded(lambda: DiffusionTransformer(config("mlp")), 0).get_submodule(
+        "layers.0.seq_modeling_block.ssm.ttt"
+    )
     for weight in (ttt.W1, ttt.W2, ttt.learnable_ttt_lr_weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.25)
     assert not ttt.b1.any() and not ttt.b2.any()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import av
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import Settings, denoise, encode_prompts, prepare_jobs, render
+from ttt_video_engine.runtime.pipeline import denoise, encode_prompts, prepare_jobs, render
+from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 
@@ -42,7 +44,11 @@ def files_in(folder: Path) -> list[str]:
 def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
     """One scene is longer than fits, and no setting has its default, so that all of them are seen to arrive."""
     long = "The bear stirs the soup and looks out of the round window. " * 30
-    scenes = [{"text": "A bear."}, {"text": long, "requires_scene_transition": True}, {"text": "A bear eats soup."}]
+    scenes: list[dict[str, Any]] = [
+        {"text": "A bear."},
+        {"text": long, "requires_scene_transition": True},
+        {"text": "A bear eats soup."},
+    ]
     board = storyboard(tmp_path / "bear.json", scenes)
     options = "--num-steps 2 --sampler dpmpp-2m-sde --guidance constant --guidance-scale 3 --fps 24 --seed 7"
     out = tmp_path / "out"
@@ -87,19 +93,22 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
     bundle, sessions, loaded = open_bundle(shared_bundle), list[ref[object]](), list[str]()
     real = OnnxRuntimeLoader(bundle)
 
-    def load(graph: str) -> OnnxRuntimeRunner:
-        gc.collect()
-        assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
-        engine = real(graph)
-        sessions.append(ref(engine._session))
-        loaded.append(graph)
-        return engine
+    class Watched:
+        environment = real.environment
+
+        def __call__(self, graph: str) -> OnnxRuntimeRunner:
+            gc.collect()
+            assert not [session for session in sessions if session() is not None], f"before {graph}: {loaded}"
+            engine = real(graph)
+            sessions.append(ref(engine._session))
+            loaded.append(graph)
+            return engine
 
     settings = Settings(num_steps=1)
     jobs = prepare_jobs(
         bundle, load_storyboards(storyboard(tmp_path / "bear.json", BEAR)), settings, tmp_path, overwrite=False
     )
-    (video,) = render(bundle, load, jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
+    (video,) = render(bundle, Watched(), jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
     assert video.is_file()
     assert loaded == ["text_encoder", "transformer-3s", "vae_decoder-first", "vae_decoder-next"]
 
@@ -116,7 +125,7 @@ def test_a_video_depends_on_its_scenes_and_the_settings_alone(run: Run, shared_b
     assert sha256_of(alone) == sha256_of(second) != sha256_of(first)
     with av.open(alone) as container:
         stream = container.streams.video[0]
-        assert (stream.frames, stream.average_rate) == (49, 16)
+        assert (stream.frames, stream.average_rate) == (49, Fraction(16))
 
     assert run("sample", mouse, *common, "--seed", 43, "--overwrite")[0] == 0
     assert sha256_of(alone) != sha256_of(second)

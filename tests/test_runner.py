@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.tensorrt.checks import (
+    EngineMemory,
     check_engine,
     choose_profile,
     parse_memory,
@@ -285,8 +286,8 @@ def test_shapes_that_no_profile_takes() -> None:
 def test_weights_that_stay_on_the_gpu(
     weights: int, streamable: int, activations: int, available: int, budget: int | None
 ) -> None:
-    found = weight_budget("g", weights=weights, streamable=streamable, activations=activations, available=available)
-    assert found == budget
+    memory = EngineMemory(weights, activations, streamable or None)
+    assert weight_budget("g", memory, available) == budget
 
 
 @pytest.mark.parametrize(
@@ -301,9 +302,7 @@ def test_weights_that_stay_on_the_gpu(
 def test_too_little_memory(streamable: int, low_memory: bool, needed: int, weights: int, cures: set[str]) -> None:
     """The cure is what is not in use already."""
     with refused_with(BackendError, "g", needed, weights, 5000, 6000) as raised:
-        weight_budget(
-            "g", weights=10_000, streamable=streamable, activations=5000, available=6000, low_memory=low_memory
-        )
+        weight_budget("g", EngineMemory(10_000, 5000, streamable or None), 6000, low_memory=low_memory)
     assert {option for option in ("--weight-streaming", "--low-memory") if holds(str(raised.value), option)} == cures
 
 

@@ -34,7 +34,7 @@ def test_an_array_on_the_gpu() -> None:
     host = np.arange(12, dtype=np.float16).reshape(3, 4)
     array = cuda.to_device(host.T, stream)
     stream.close()
-    assert (array.shape, array.dtype, array.ndim) == ((4, 3), np.float16, 2)
+    assert (array.shape, array.dtype, array.ndim) == ((4, 3), np.dtype(np.float16), 2)
     np.testing.assert_array_equal(np.asarray(array), host.T)
     np.testing.assert_array_equal(np.asarray(array, np.float32), host.T.astype(np.float32))
 
@@ -43,9 +43,9 @@ def test_an_array_on_the_gpu() -> None:
 def test_more_memory_than_the_gpu_has() -> None:
     total = cuda.device().total_memory
     with refused_with(BackendError, total + 1, "--low-memory") as caught:
-        cuda.DeviceBuffer(total + 1)
+        cuda.DeviceBuffer(total + 1, cuda.Stream())
     assert [number for number in numbers(str(caught.value)) if number <= total], "what is free"
-    cuda.DeviceBuffer(1).close()  # and the error is not reported again
+    cuda.DeviceBuffer(1, cuda.Stream()).close()  # and the error is not reported again
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def on_gpu(bundle: Path) -> Iterator[tuple[Bundle, TensorRTLoader]]:
             dtype=manifest.dtype,
             inputs=graph.inputs,
             outputs=graph.outputs,
-            profiles=profiles(manifest.model, manifest.lengths, graph, name),
+            profiles=profiles(manifest.model, manifest.lengths, graph.inputs, name),
             settings=BuildSettings(plugins=False),
             kernels=bundle / KERNELS,
             weights=manifest.files[graph.weights].size,

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.sampler import Array, Sampler, Step, Velocities, sample
+from ttt_video_engine.runtime.sampler import Array, Step, Velocities, sample
 from ttt_video_engine.runtime.schedule import Schedule, guidance_scales, make_schedule
+from ttt_video_engine.runtime.settings import Sampler
 
 SHAPE = (1, 5, 4, 3, 2)
 GOLDEN = load_file(Path(__file__).parent / "golden" / "sampler_dpmpp2m_sde_10.safetensors")

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.sampler import sample
-from ttt_video_engine.runtime.schedule import Guidance, guidance_scales, make_schedule
+from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
+from ttt_video_engine.runtime.settings import Guidance
 
 CONFIG = DiffusionConfig()
 GOLDEN = load_file(Path(__file__).parent / "golden" / "sampler_dpmpp2m_sde_10.safetensors")

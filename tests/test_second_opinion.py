@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from polygraphy.comparator import RunResults
 
 from ttt_video_engine.engines import cuda
@@ -33,8 +34,18 @@ POLYGRAPHY = Path(sys.executable).with_name("polygraphy")
 
 def polygraphy_run(model: Path, files: Path) -> subprocess.CompletedProcess[str]:
     """The command of docs/tensorrt.md."""
-    loads = ["--load-inputs", files / "inputs.json", "--load-outputs", files / "outputs.json"]
-    command = [POLYGRAPHY, "run", model, "--onnxrt", *loads, "--check-error-stat", "max", "--atol", "1e-4"]
+    loads: list[str | Path] = ["--load-inputs", files / "inputs.json", "--load-outputs", files / "outputs.json"]
+    command: list[str | Path] = [
+        POLYGRAPHY,
+        "run",
+        model,
+        "--onnxrt",
+        *loads,
+        "--check-error-stat",
+        "max",
+        "--atol",
+        "1e-4",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -73,9 +84,9 @@ def test_what_differs_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, shared_bundle: Path, tmp_path: Path, value: float
 ) -> None:
     def change(frames: Array) -> Array:
-        frames = frames.copy()
-        frames.flat[7] += value
-        return frames
+        changed: NDArray[np.float32] = frames.astype(np.float32)
+        changed.flat[7] += value
+        return changed
 
     change_outputs(monkeypatch, "frames", change)
     code, out, err = run("parity", "--bundle", shared_bundle, "--polygraphy", tmp_path / "files")
@@ -93,7 +104,7 @@ class OtherLoader:
     def __call__(self, graph: str) -> Any:
         runner = OnnxRuntimeLoader(self.bundle)(graph)
         run = runner.run
-        runner.run = lambda inputs: {name: -value for name, value in run(inputs).items()}  # type: ignore[method-assign]
+        runner.run = lambda inputs: {name: np.negative(value) for name, value in run(inputs).items()}  # type: ignore[method-assign]
         return runner
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,8 +165,11 @@ def test_a_bad_file_of_the_largest_size_is_refused_in_seconds(tmp_path: Path, na
 def test_reading_stops_after_a_few_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[str] = []
     real = module._parse
-    monkeypatch.setattr(
-        module, "_parse", lambda text, *rest, **named: parsed.append(text) or real(text, *rest, **named)
-    )
+
+    def noted(text: str, *rest: Any, **named: Any) -> object:
+        parsed.append(text)
+        return real(text, *rest, **named)
+
+    monkeypatch.setattr(module, "_parse", noted)
     assert error_of(written(tmp_path, "[}\n" * 5000, "a.jsonl")).endswith("(and at least 9 more bad lines)")
     assert len(parsed) == 10

@@ -45,8 +45,8 @@ from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
 from ttt_video_engine.export.engines import build_engines, profiles
 from ttt_video_engine.export.graphs import graph as onnx_graph
-from ttt_video_engine.export.graphs.components import Graph, component_graphs, text_encoder_graph, transformer_graph
-from ttt_video_engine.export.graphs.graph import TORCH_DTYPES
+from ttt_video_engine.export.graphs.components import component_graphs, text_encoder_graph, transformer_graph
+from ttt_video_engine.export.graphs.graph import TORCH_DTYPES, Graph
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeR
 from ttt_video_engine.runtime import text_cache
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
 from ttt_video_engine.runtime.pipeline import encode_prompts, prepare_jobs
+from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
@@ -85,7 +87,7 @@ def test_the_encoder_is_loaded_only_for_what_is_new(shared_bundle: Path, tmp_pat
         board.write_text(json.dumps([{"text": text} for text in texts]))
         jobs = prepare_jobs(bundle, load_storyboards(board), Settings(), tmp_path / "out", overwrite=False)
         cache = TextCache(tmp_path / "text", bundle.component_digest(TEXT_ENCODER))
-        ((text, _),) = encode_prompts(load, jobs, cache, lambda *_: None)
+        ((text, _),) = encode_prompts(cast(RunnerLoader, load), jobs, cache, lambda *_: None)
         return text
 
     scenes = ["A bear bakes bread.", "The bread rises.", "A mouse tastes it."]

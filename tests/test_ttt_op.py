@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ttt_video_engine.runtime.presets import tiny
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
 
 KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
-SCANS = {"linear": ttt_linear, "mlp": ttt_mlp}
+SCANS: dict[TTTKind, Callable[..., Tensor]] = {"linear": ttt_linear, "mlp": ttt_mlp}
 DTYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
 # B, H, NC, CS, F as in `reference/ttt.py`.
 SIZES = st.tuples(

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels for GPUs that need not be here. Needs Triton, and no GPU."""
+"""Compiles the kernels ahead of time, with Triton. Needs no GPU."""
 
 import hashlib
 import re
@@ -22,43 +22,45 @@ from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "sm_121": 99}
-"""KiB of shared memory that one block may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+"""KiB of shared memory that one block may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
 MINI_BATCH_SIZES, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 MAX_REGISTERS = 255
-"""Of a thread. Said to the assembler, which else gives up registers for a second block that would have no room."""
+"""Per thread. Without this the assembler saves registers for a second block, for which there is no shared memory."""
 
 KERNELS: dict[TTTKind, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
 PRECISIONS: dict[TTTKind, dict[DType, str]] = {
     "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "tf32"},
     "mlp": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
 }
-"""What matrix products round their factors to. Sums and the inner weights are float32 always. Wider products of the
-MLP's larger tiles would spill more registers and, on the smaller chips, not fit the shared memory."""
+"""Precision of the factors of matrix products, by tensor dtype. Sums and the inner weights are always float32. Wider
+factors of the MLP's larger tiles would spill more registers, and exceed the shared memory of smaller chips."""
 
 _DTYPES: dict[DType, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SCRATCH = ("global_scratch", "profile_scratch")
-"""Pointers that Triton appends to every kernel's parameters; these kernels take null for them."""
+"""Pointers that Triton appends to the parameters of every kernel; null here."""
 
 
 class NoKernel(BackendError):
-    """There is no kernel of this size for this chip; the operator's function body runs everywhere."""
+    """No kernel of this size exists for this GPU; the operator's function body runs on any."""
 
 
 def num_warps(op: TTTKind, head_dim: int) -> int:
-    """One for every 16 rows of the inner weights: of W1 transposed for TTT-Linear, of half the hidden layer for the
-    MLP. A matrix unit takes 16, and more warps would repeat each other's work."""
+    """One per 16 rows of the inner weights: of W1 transposed for TTT-Linear, of half the hidden layer for TTT-MLP.
+
+    A tensor core works on 16 rows; more warps would repeat each other's work.
+    """
     return {"linear": head_dim, "mlp": 2 * head_dim}[op] // 16
 
 
 def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, folder: Path) -> Cubin:
-    """Writes a kernel and its description into `folder`.
+    """Writes a kernel and its description into `folder`, and returns the description.
 
-    Raises NoKernel where there is none of this size, or where it needs more shared memory than the chip has.
+    Raises NoKernel where the size is not supported, or needs more shared memory than the GPU has.
     """
-    _check(op, gpu, mini_batch_size, head_dim)
+    _check_size(op, gpu, mini_batch_size, head_dim)
     values = constants(op, dtype, mini_batch_size, head_dim)
-    types = {name: _argument(name, dtype) for name in _parameters(op)}
+    types = {name: _argument_type(name, dtype) for name in _parameters(op)}
     compiled = assemble(KERNELS[op], types, values, gpu=gpu, num_warps=num_warps(op, head_dim))
     name, code = cubin_name(op, gpu, dtype, mini_batch_size, head_dim), compiled.asm["cubin"]
     limit = SHARED_MEMORY[gpu] << 10
@@ -90,16 +92,17 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
 
 
 def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) -> dict[str, Any]:
-    """The compile-time arguments of a kernel."""
+    """The compile-time arguments of a kernel by name."""
     return {"C": mini_batch_size, "F": head_dim, "PRECISION": PRECISIONS[op][dtype]}
 
 
 def assemble(
     kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], *, gpu: str, num_warps: int, num_stages: int = 1
 ) -> Any:
-    """A Triton kernel compiled for an architecture: `types` of the arguments of a launch, `values` of the others.
+    """A Triton kernel, compiled for an architecture.
 
-    Pointers are taken to be aligned to 16 bytes.
+    `types` are Triton's types of the launch arguments, `values` the compile-time arguments. The compiler assumes that
+    pointers are aligned to 16 bytes.
     """
     names = list(kernel.arg_names)
     signature = {name: "constexpr" if name in values else types[name] for name in names}
@@ -112,7 +115,7 @@ def assemble(
 
 
 def source_digest(op: TTTKind) -> str:
-    """sha256 over the sources that a kernel is made of."""
+    """sha256 of the source files of a kernel."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for name in ("tiles.py", f"ttt_{op}.py"):
@@ -120,7 +123,7 @@ def source_digest(op: TTTKind) -> str:
     return digest.hexdigest()
 
 
-def _check(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
+def _check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
     if gpu not in SHARED_MEMORY:
         raise NoKernel(f"kernels are compiled for {', '.join(SHARED_MEMORY)}, not for {gpu}")
     if mini_batch_size not in MINI_BATCH_SIZES:
@@ -129,22 +132,22 @@ def _check(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
     if head_dim not in HEAD_DIMS:
         raise NoKernel(f"kernels take heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
     if op == "mlp" and head_dim == max(HEAD_DIMS):
-        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} do not fit on a chip")
+        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} exceed a multiprocessor")
 
 
-def _argument(name: str, dtype: DType) -> str:
+def _argument_type(name: str, dtype: DType) -> str:
     if name.startswith("num_"):
         return "i32"
     return "*fp32" if name == "eta" else f"*{_DTYPES[dtype]}"
 
 
 def _parameters(op: TTTKind) -> list[str]:
-    """Names of the arguments that a launch passes."""
+    """Names of the launch arguments."""
     return [name for name in KERNELS[op].arg_names if name not in ("C", "F", "PRECISION")]
 
 
 def _resources(code: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, as cuobjdump, which comes with Triton, reads them."""
+    """Registers and bytes of stack per thread, from the cuobjdump that Triton contains."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -152,5 +155,5 @@ def _resources(code: bytes) -> tuple[int, int]:
         said = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
-        raise BackendError(f"cuobjdump says nothing of registers: {said[:100]!r}")
+        raise BackendError(f"cuobjdump printed no register count: {said[:100]!r}")
     return int(found[1]), int(found[2])

@@ -1,4 +1,4 @@
-"""A compiled kernel and the JSON beside it that says how to launch it."""
+"""Compiled kernels (cubins), and the JSON beside each that says how to launch it."""
 
 import hashlib
 from pathlib import Path
@@ -14,8 +14,8 @@ from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One kernel for one architecture, dtype and size.
 
-    `parameters` are the kernel's, in order. `shared_memory` is bytes a block, `registers` and `spills` (bytes of stack)
-    are a thread's.
+    `parameters` are the names of the kernel's parameters in order. `shared_memory` is in bytes per block; `registers`
+    and `spills` (bytes of stack) are per thread.
     """
 
     op: TTTKind
@@ -41,7 +41,7 @@ def cubin_name(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_d
 
 
 def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
-    """A kernel and its code. Raises BackendError where a file is missing, damaged or another kernel's."""
+    """A kernel's description and code. Raises BackendError where a file is missing, damaged or of another kernel."""
     gpu = name.rpartition("-")[2]
     cure = export_for_gpu(gpu)
     description, code = folder / f"{name}.json", folder / f"{name}.cubin"
@@ -55,5 +55,5 @@ def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
     content = code.read_bytes()
     same_kernel = name == cubin_name(cubin.op, cubin.gpu, cubin.dtype, cubin.mini_batch_size, cubin.head_dim)
     if not same_kernel or hashlib.sha256(content).hexdigest() != cubin.sha256:
-        raise BackendError(f"{code}: is not the kernel that was compiled; {cure}")
+        raise BackendError(f"{code}: has changed since it was compiled; {cure}")
     return cubin, content

@@ -1,6 +1,6 @@
-"""What both scans share on the chip: tiles, LayerNorm over a head, and the inner loss's gradient through it.
+"""Functions of both kernels: tiles, LayerNorm over a head, and the gradient of the inner loss through it.
 
-Tiles are kept transposed, channels by tokens: a matrix product is split over warps by its rows, and there are more
+Tiles are transposed, channels by tokens: Triton splits a matrix product over the warps by rows, and there are more
 channels than tokens. Shape suffixes: C tokens of a mini-batch, F head dimension. Arithmetic is float32.
 """
 
@@ -12,7 +12,7 @@ EPSILON = tl.constexpr(1e-6)
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a·b with float32 sums: of bfloat16 factors, or at one of Triton's precisions of float32 factors."""
+    """a·b with float32 sums; the factors are bfloat16, or float32 at one of Triton's precisions."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:

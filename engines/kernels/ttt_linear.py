@@ -1,8 +1,8 @@
 """TTT-Linear as a Triton kernel: the scan of `reference/ttt.py`, one program per batch and head.
 
-The inner weights stay on the chip in float32 from the first mini-batch to the last. Tensors are contiguous and as
-`ai.ttt::TTTLinear` has them: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias [H, F],
-W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `tiles.py`.
+The inner weights stay in registers in float32 from the first mini-batch to the last. Tensors are contiguous, in the
+shapes of `ai.ttt::TTTLinear`: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
+[H, F], W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `tiles.py`.
 """
 
 import triton

@@ -1,13 +1,13 @@
 """TTT-MLP as a Triton kernel: the scan of `reference/ttt.py`, one program per batch and head.
 
-The inner weights are 8·F² float32, 128 KiB at F = 64: half of a multiprocessor's registers, which is where they stay.
-The hidden layer of 4F is worked through in two halves, and its activations are computed again for the backward pass
-instead of being kept, so that what else there is stays small.
+The inner weights are 8·F² float32 values, 128 KiB at F = 64. They stay in registers, half of a multiprocessor's. To
+save the rest, the kernel processes the hidden layer of 4F channels in two halves, and computes its activations again
+in the backward pass instead of storing them.
 
-Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F a half of the hidden layer. Tensors are contiguous
-and as `ai.ttt::TTTMLP` has them: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
+Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F half of the hidden layer. Tensors are contiguous, in
+the shapes of `ai.ttt::TTTMLP`: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
 [H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `tiles.py`; W2 is not, as
-its rows are the hidden layer, which is what products are split over warps by.
+its rows already are the hidden channels that a product is split by over the warps.
 """
 
 import triton
@@ -37,8 +37,10 @@ def load_half(W1, b1, W2, head, half: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def hidden_of(x_FC, W1_KF, b1_K, PRECISION: tl.constexpr):
-    """Half of the hidden layer before and after GELU, and σ(u) with u = √(8/π)·(z + 0.044715z³): the tanh form of GELU
-    is z·σ(u)."""
+    """Half of the hidden layer before and after GELU, and σ(u) with u = √(8/π)·(z + 0.044715z³), each [K, C].
+
+    The tanh form of GELU is z·σ(u).
+    """
     z1_KC = product(W1_KF, x_FC, PRECISION) + b1_K[:, None]
     cdf_KC = tl.sigmoid(1.59576912 * z1_KC * (1 + 0.044715 * z1_KC * z1_KC))
     return z1_KC, z1_KC * cdf_KC, cdf_KC
@@ -46,14 +48,14 @@ def hidden_of(x_FC, W1_KF, b1_K, PRECISION: tl.constexpr):
 
 @triton.jit
 def read_half(x_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
-    """What a half adds to the inner model's output, [F, C]."""
+    """One half's part of the inner model's output, [F, C]."""
     _, hidden_KC, _ = hidden_of(x_FC, W1_KF, b1_K, PRECISION)
     return product(tl.trans(W2_KF), hidden_KC, PRECISION)
 
 
 @triton.jit
 def update_half(k_FC, step_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
-    """A half's weights after one step; the gradient passes through W2 as it was before."""
+    """One half's weights after one step. The gradient passes through W2 before its update."""
     z1_KC, hidden_KC, cdf_KC = hidden_of(k_FC, W1_KF, b1_K, PRECISION)
     slope_KC = cdf_KC + hidden_KC * (1 - cdf_KC) * (1.59576912 + 0.2140644488 * z1_KC * z1_KC)
     step1_KC = product(W2_KF, step_FC, PRECISION) * slope_KC

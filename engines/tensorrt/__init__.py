@@ -1,1 +1,1 @@
-"""Graphs as TensorRT engines, with kernels of our own for the TTT layers."""
+"""Builds and runs TensorRT engines, with custom kernels for the TTT layers."""

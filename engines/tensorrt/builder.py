@@ -1,6 +1,6 @@
-"""From an ONNX graph to an engine, for a GPU that need not be here.
+"""Builds an engine from an ONNX graph.
 
-TensorRT-RTX compiles for any RTX architecture on any machine; `tensorrt` only for the GPU of the machine it runs on.
+TensorRT-RTX builds for any RTX architecture on any machine; `tensorrt` builds only for a GPU of its own machine.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from ttt_video_engine.runtime.runner import TensorSpec
 
 @dataclass(frozen=True)
 class Scans:
-    """The TTT nodes of a graph: `count` of one kind and size."""
+    """The TTT nodes of a graph: `count` nodes of one kind and size."""
 
     op: TTTKind
     mini_batch_size: int
@@ -43,8 +43,8 @@ class Scans:
 class BuildRequest:
     """One engine to build.
 
-    `profiles` give shapes to inputs with free axes; `inputs` and `outputs` are what the graph must have; `key` is kept
-    beside the engine; cubins go into `kernels`.
+    `profiles` have the shapes of the inputs with free axes. The graph must have exactly `inputs` and `outputs`. `key`
+    goes into the engine's JSON, cubins go into the folder `kernels`. `weights` is in bytes.
     """
 
     graph: str
@@ -62,10 +62,10 @@ class BuildRequest:
 
 
 def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
-    """Builds an engine into `folder`, with its JSON, and the cubins that its plugins launch.
+    """Writes an engine and its JSON into `folder`, and the cubins that its plugins launch.
 
-    Where a kernel does not fit the GPU, its nodes run as their function body, and the JSON says why. Raises BackendError
-    where TensorRT fails, or makes anything of the TTT nodes but what was asked for.
+    Where the GPU cannot run a kernel, TTT nodes run as their function body and the JSON says why. Raises BackendError
+    where TensorRT fails, or where the number of plugin layers is not the number of TTT nodes.
     """
     package = load_package(package_for(request.gpu))
     start = perf_counter()
@@ -105,15 +105,15 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
 
 
 def _kernel(request: BuildRequest) -> tuple[str | None, str]:
-    """The cubin that TTT nodes launch, compiled into the folder of kernels; or None, and why their bodies run instead.
+    """Name of the compiled cubin for the TTT nodes and ""; or None and the reason why their function bodies run.
 
-    The reason is empty where there are no TTT nodes.
+    The reason is empty where the graph has no TTT nodes.
     """
     scans = request.scans
     if scans is None:
         return None, ""
     if not request.settings.plugins:
-        return None, "plugins were not asked for"
+        return None, "built with --no-plugin"
     from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel  # needs Triton
 
     sizes = {"mini_batch_size": scans.mini_batch_size, "head_dim": scans.head_dim}
@@ -131,7 +131,7 @@ def _plugin_block(package: TensorRT, request: BuildRequest) -> AbstractContextMa
 
 
 def _parsed(package: TensorRT, builder: Any, onnx: Path) -> tuple[Any, Any]:
-    """The network and its parser, which owns the weights and must live as long."""
+    """The network and its parser, which owns the weights and must live as long as the network."""
     package.errors.clear()
     strongly_typed = 1 << int(package.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
@@ -152,16 +152,16 @@ def _check_signature(package: TensorRT, network: Any, request: BuildRequest) -> 
             tensor = found.pop(spec.name, None)
             shape = tuple(-1 if isinstance(axis, str) else axis for axis in spec.shape)
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtypes[spec.dtype]:
-                has = "nothing of that name" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-                raise BackendError(f"{request.onnx}: the bundle promises {spec}, TensorRT reads {has}")
+                has = "no such tensor" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+                raise BackendError(f"{request.onnx}: the bundle lists {spec}, TensorRT reads {has}")
         if found:
-            raise BackendError(f"{request.onnx}: TensorRT reads {', '.join(found)}, not in the bundle")
+            raise BackendError(f"{request.onnx}: TensorRT reads {', '.join(found)}, which the bundle does not list")
 
 
 def _plugins(package: TensorRT, network: Any, request: BuildRequest, cubin: str | None) -> dict[str, str]:
-    """Plugin layers and the cubin that they launch.
+    """Name of each plugin layer → name of its cubin. Raises BackendError where their number is not the expected one.
 
-    The parser replaces a node by its body without a word, so what it did is counted.
+    The parser takes a node's function body without a warning, hence the count.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     names = [layer.name for layer in layers if layer.type == package.api.LayerType.PLUGIN_V3]
@@ -192,7 +192,7 @@ def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Pr
 
 
 def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, target: Path, request: BuildRequest) -> None:
-    """Straight into the file, which needs a third less memory than one piece of bytes would."""
+    """Builds directly into the file, which needs a third less memory than bytes in RAM."""
     with _writer(package.api, target) as (writer, failures):
         done = builder.build_serialized_network_to_stream(network, config, writer)
     if failures:
@@ -215,7 +215,7 @@ def _writer(api: Any, target: Path) -> Iterator[tuple[Any, list[OSError]]]:
             def write(self, data: bytes) -> int:
                 try:
                     return file.write(data)
-                except OSError as error:  # would be lost in TensorRT
+                except OSError as error:  # TensorRT would drop it
                     failures.append(error)
                     return 0
 
@@ -224,7 +224,7 @@ def _writer(api: Any, target: Path) -> Iterator[tuple[Any, list[OSError]]]:
 
 def _monitor(api: Any, progress: Progress) -> Any:
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]  # the base has no types
-        """Reports the outermost phases; those within them come and go too quickly to be read."""
+        """Reports the outermost phases; nested ones are too short to read."""
 
         def __init__(self) -> None:
             api.IProgressMonitor.__init__(self)

@@ -1,6 +1,7 @@
-"""Whether an engine may be run: decided from its JSON, the bundle, the installed package and numbers, without a GPU."""
+"""Checks an engine before it is loaded, without a GPU: its JSON, the bundle, the installed package, the memory."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Profile, Shape, find_engine, list_engines
 from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
@@ -9,10 +10,11 @@ from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, ConfigEr
 
 
 def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, TensorRT]:
-    """The engine of a graph for a GPU such as "sm_89", its file verified, and the package that runs it.
+    """The engine of a graph for a GPU such as "sm_89", with its file verified, and the package that runs it.
 
-    Where a bundle has several (after an update of the package, say), the first that passes. Raises BackendError that
-    says why none does: not built, package missing or of another version, of an earlier export, damaged.
+    A bundle has several after an update of the package: the first that passes all checks is returned. Raises
+    BackendError with the reason why none does: not built, package missing or of another version, of an earlier export,
+    damaged.
     """
     first = find_engine(bundle.root, graph, gpu)
     fault: BackendError | None = None
@@ -26,11 +28,11 @@ def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, Ten
             return engine, package
         except BackendError as error:
             fault = fault or error
-    raise fault or BackendError(f"{first.path}: has gone; {export_for_gpu(gpu)}")
+    raise fault or BackendError(f"{first.path}: was removed meanwhile; {export_for_gpu(gpu)}")
 
 
 def check_engine(engine: EngineFile, bundle: Bundle, version: str) -> None:
-    """Raises BackendError unless an engine fits the `version` of its package and the bundle, and its kernels are there."""
+    """Raises BackendError unless an engine matches the package's `version` and the bundle, and has its kernels."""
     entry, manifest = engine.entry, bundle.manifest
     graph = bundle.graph(entry.graph)
     again = export_for_gpu(entry.gpu)
@@ -48,23 +50,23 @@ def check_engine(engine: EngineFile, bundle: Bundle, version: str) -> None:
     there = {"precision": entry.dtype, **entry.key}
     for part, value in here.items():
         if there.get(part) != value:
-            raise BackendError(f"{engine.path}: is of another export ({part} differs); {again}")
+            raise BackendError(f"{engine.path}: is from another export ({part} differs); {again}")
     for cubin in sorted(set(entry.plugins.values())):
         if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
             raise BackendError(f"{engine.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
     for side, promised, found in (
-        ("takes", graph.inputs, entry.inputs),
-        ("gives", graph.outputs, entry.outputs),
+        ("has inputs", graph.inputs, entry.inputs),
+        ("has outputs", graph.outputs, entry.outputs),
     ):
         if set(promised) != set(found):
             wanted, has = (", ".join(map(str, sorted(specs, key=str))) for specs in (promised, found))
-            raise BackendError(f"{engine.path}: {side} {has}; the bundle promises {wanted}; {again}")
+            raise BackendError(f"{engine.path}: {side} {has}; the bundle lists {wanted}; {again}")
 
 
 def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int:
-    """Number of the first profile tuned for `shapes`, or else of the first that takes them.
+    """Index of the first profile that is optimised for `shapes`, or else of the first that accepts them.
 
-    Raises BackendError naming the first input that fits none, its shape, and what the profiles take.
+    Raises BackendError that names the first input that no profile accepts, its shape, and the accepted shapes.
     """
     if not profiles:
         return 0
@@ -78,31 +80,42 @@ def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[st
     allowed = " or ".join(f"{list(profile[name].min)} … {list(profile[name].max)}" for profile in profiles)
     raise BackendError(
         f"{graph}: input {name} is {list(shapes[name])}; the engine was built for {allowed}; "
-        f"{EXPORT_AGAIN} for what is to be rendered"
+        f"{EXPORT_AGAIN} with the lengths to render"
     )
 
 
-def weight_budget(
-    graph: str, *, weights: int, streamable: int, activations: int, available: int, low_memory: bool = False
-) -> int | None:
-    """How many bytes of the streamable weights stay on the GPU; None where all do. All sizes are in bytes.
+@dataclass(frozen=True)
+class EngineMemory:
+    """GPU memory that an engine takes, in bytes.
 
-    `streamable` is 0 for an engine that was built without weight streaming. Raises BackendError where what cannot be
-    streamed does not fit.
+    `streamable` is the part of `weights` that may stay on the host; None where the engine was built without weight
+    streaming.
     """
-    needed = weights + activations
-    if needed <= available:
+
+    weights: int
+    activations: int
+    streamable: int | None = None
+
+
+def weight_budget(graph: str, memory: EngineMemory, available: int, *, low_memory: bool = False) -> int | None:
+    """Bytes of the streamable weights that stay on the GPU; None where all do.
+
+    Raises BackendError where the rest does not fit into the `available` bytes.
+    """
+    if memory.weights + memory.activations <= available:
         return None
-    cures = [] if low_memory else ["use --low-memory"]
-    if not streamable:
-        cures.insert(0, "export with --weight-streaming")
-    budget = available - activations - (weights - streamable)
+    streamable = memory.streamable or 0
+    fixed = memory.weights - streamable
+    budget = available - memory.activations - fixed
     if streamable and budget >= 0:
         return min(budget, streamable)
-    streamed = " even with weights streamed" if streamable else ""
+    cures = [] if memory.streamable is not None else ["export with --weight-streaming"]
+    cures += [] if low_memory else ["use --low-memory"]
+    streamed = " even with weights streamed" if memory.streamable is not None else ""
     raise BackendError(
-        f"{graph}: needs {needed - streamable:,} bytes of GPU memory{streamed} ({weights - streamable:,} for weights, "
-        f"{activations:,} for activations), {available:,} are available; {', or '.join(cures) or 'take a larger GPU'}"
+        f"{graph}: needs {fixed + memory.activations:,} bytes of GPU memory{streamed} ({fixed:,} for weights, "
+        f"{memory.activations:,} for activations), {available:,} are available; "
+        f"{', or '.join(cures) or 'take a larger GPU'}"
     )
 
 
@@ -119,7 +132,7 @@ def parse_memory(text: str) -> int:
 
 
 def _misfits(profile: Profile, shapes: Mapping[str, Shape]) -> list[str]:
-    """Inputs whose shape a profile does not take."""
+    """Inputs whose shape a profile does not accept."""
     return [
         name
         for name, shape in profile.items()

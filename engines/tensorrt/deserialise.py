@@ -1,4 +1,4 @@
-"""From the file of an engine to an engine on the GPU."""
+"""Loads an engine file onto the GPU."""
 
 from typing import Any
 
@@ -9,26 +9,28 @@ from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
 
-def deserialised(package: TensorRT, runtime: Any, file: EngineFile) -> Any:
-    """The engine of an engine. Raises BackendError with TensorRT's own reason where it is none, or not for this GPU."""
+def deserialised(package: TensorRT, runtime: Any, built: EngineFile) -> Any:
+    """TensorRT's engine. Raises BackendError with TensorRT's reason where the file is damaged or for another GPU."""
     package.errors.clear()
-    content = np.memmap(file.path, np.uint8, mode="r")  # mapped: an engine may be as large as the memory of the host
+    content = np.memmap(built.path, np.uint8, mode="r")  # an engine may be as large as the RAM
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise BackendError(
-            f"{file.path}: {package.name} cannot load it ({package.take_errors()}); {export_for_gpu(file.entry.gpu)}"
+            f"{built.path}: {package.name} cannot load it ({package.take_errors()}); {export_for_gpu(built.entry.gpu)}"
         )
     return engine
 
 
-def check_tensors(package: TensorRT, engine: Any, file: EngineFile) -> None:
-    """Raises BackendError unless the engine has the inputs and outputs that the engine's JSON says."""
+def check_tensors(package: TensorRT, engine: Any, built: EngineFile) -> None:
+    """Raises BackendError unless the engine has exactly the inputs and outputs that its JSON lists."""
     dtypes = package.dtypes
     names = {engine.get_tensor_name(number) for number in range(engine.num_io_tensors)}
-    specs = (*file.entry.inputs, *file.entry.outputs)
+    specs = (*built.entry.inputs, *built.entry.outputs)
     for spec in specs:
         if spec.name not in names or engine.get_tensor_dtype(spec.name) != dtypes[spec.dtype]:
-            raise BackendError(f"{file.path}: has no {spec}, which its JSON promises; {export_for_gpu(file.entry.gpu)}")
+            raise BackendError(f"{built.path}: has no {spec}, which its JSON lists; {export_for_gpu(built.entry.gpu)}")
     extra = sorted(names - {spec.name for spec in specs})
     if extra:
-        raise BackendError(f"{file.path}: has {', '.join(extra)}, not in its JSON; {export_for_gpu(file.entry.gpu)}")
+        raise BackendError(
+            f"{built.path}: has {', '.join(extra)}, which its JSON does not list; {export_for_gpu(built.entry.gpu)}"
+        )

@@ -1,6 +1,7 @@
-"""An engine, which is what TensorRT calls a built engine, and the JSON beside it that says what it is.
+"""Engine files of a bundle, and the JSON that describes each.
 
-Reading an engine needs a GPU and trust; everything that can be known without either stands in the JSON.
+TensorRT deserialises an engine only on a GPU, and trusts its content. The JSON makes the checks possible that come
+before.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ PackageName = Literal["tensorrt", "tensorrt_rtx"]
 
 
 class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
-    """Shapes of one input that a profile takes: from `min` to `max`, tuned for `opt`."""
+    """Shapes of one input that a profile accepts: from `min` to `max`, optimised for `opt`."""
 
     min: Shape
     opt: Shape
@@ -35,11 +36,11 @@ class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Profile = dict[str, ShapeRange]
-"""Input → shapes, for the inputs that have free axes."""
+"""The shape range of each input that has free axes, by name."""
 
 
 class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the builder was asked for. `workspace` is in bytes; None leaves it to TensorRT."""
+    """Options of the builder. `workspace` is in bytes; None means TensorRT's default."""
 
     optimization_level: int = 3
     workspace: int | None = None
@@ -50,8 +51,9 @@ class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of the JSON beside an engine.
 
-    `plugins` names the layers that run a kernel of ours and the cubin of each; `fallback` says why TTT layers run as
-    standard operators instead, and is empty where none do. `weights` are the bytes of weights that were built in.
+    `plugins` maps the name of each plugin layer to that of its cubin. `fallback` says why TTT layers run as standard
+    operators; it is empty where none do. `size` and `weights` (the weights that the engine contains) are in bytes,
+    `seconds` is the build time, `key` is what the engine was built from.
     """
 
     format_version: int = FORMAT_VERSION
@@ -75,13 +77,13 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine in a bundle: its file, and what the JSON says of it."""
+    """An engine of a bundle: its file, and the content of its JSON."""
 
     path: Path
     entry: EngineEntry
 
     def verify(self) -> None:
-        """Raises BackendError where the engine is not the file that was built."""
+        """Raises BackendError where the file is missing or has changed since it was built."""
         if not self.path.is_file():
             raise BackendError(f"{self.path}: is missing; {export_for_gpu(self.entry.gpu)}")
         if self.path.stat().st_size != self.entry.size or sha256_of(self.path) != self.entry.sha256:
@@ -89,7 +91,7 @@ class EngineFile:
 
 
 def engine_name(graph: str, dtype: DType, package: PackageName, version: str, gpu: str) -> str:
-    """File name of an engine; everything in it makes an engine useless elsewhere."""
+    """File name of an engine: all that must match for it to run."""
     return f"{graph}.{dtype}.{package}-{version}.{gpu}{SUFFIX}"
 
 
@@ -99,12 +101,12 @@ def entry_path(engine: Path) -> Path:
 
 
 def list_engines(bundle: Path) -> list[EngineFile]:
-    """All engines of a bundle, by name. Raises BackendError naming a JSON that cannot be read."""
+    """All engines of a bundle, in order of name. Raises BackendError with the path of a JSON that cannot be read."""
     return [_read(path) for path in sorted((bundle / FOLDER).glob(f"*{SUFFIX}.json"))]
 
 
 def find_engine(bundle: Path, graph: str, gpu: str) -> EngineFile:
-    """The engine of a graph for a GPU. Raises BackendError that says which there are, and how to build the one missing."""
+    """The engine of a graph for a GPU. Raises BackendError that names the GPUs that have one, and the cure."""
     engines = [engine for engine in list_engines(bundle) if engine.entry.graph == graph]
     for engine in engines:
         if engine.entry.gpu == gpu:

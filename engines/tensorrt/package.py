@@ -1,6 +1,6 @@
-"""TensorRT under either of its names: `tensorrt` for data centre GPUs, `tensorrt_rtx` for RTX GPUs, with one API.
+"""Imports TensorRT: the package `tensorrt` for data centre GPUs or `tensorrt_rtx` for RTX GPUs. Both have one API.
 
-The two are never needed at once, so both are imported by name and late; neither ships types.
+A GPU needs only one of them, so each is imported when it is first used. Neither has type hints.
 """
 
 import atexit
@@ -20,13 +20,13 @@ from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 
 RTX_GPUS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT-RTX builds for, with or without a GPU. It knows sm_75 too, but has no float32 matrix products for it,
-which the TTT layers are made of."""
+"""The architectures that TensorRT-RTX builds for. It also supports sm_75, but without the float32 matrix products that
+the TTT layers need."""
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported package. `api` is the module, `logger` its logger, `errors` the lines that it logged as errors."""
+    """An imported package. `api` is its module; `errors` are the messages that `logger` has received."""
 
     name: PackageName
     api: Any
@@ -36,19 +36,19 @@ class TensorRT:
 
     @property
     def dtypes(self) -> dict[TensorDType, Any]:
-        """TensorRT's name of each dtype."""
+        """TensorRT's `DataType` for each dtype."""
         kinds = self.api.DataType
         return {"float32": kinds.FLOAT, "float16": kinds.HALF, "bfloat16": kinds.BF16, "int64": kinds.INT64}
 
     def take_errors(self) -> str:
-        """The first error since the last call, as one line, for the message of an exception."""
+        """The first error since the last call, as one line; clears `errors`."""
         line = " ".join(self.errors[0].split()) if self.errors else "no reason was given"
         self.errors.clear()
         return line[:300]
 
 
 def package_for(gpu: str) -> PackageName:
-    """The package that builds for a GPU such as "sm_89". Raises ConfigError for anything else."""
+    """The package for a GPU architecture such as "sm_89". Raises ConfigError for anything else."""
     if not re.fullmatch(r"sm_\d{2,3}", gpu):
         raise ConfigError(f"--gpu is {gpu!r}: must be an architecture such as {', '.join(RTX_GPUS)} or sm_90")
     return "tensorrt_rtx" if gpu in RTX_GPUS else "tensorrt"
@@ -56,7 +56,7 @@ def package_for(gpu: str) -> PackageName:
 
 @cache
 def load_package(name: PackageName) -> TensorRT:
-    """Imports a package. Raises BackendError where it is not installed or does not load."""
+    """The imported package. Raises BackendError where it is not installed or does not load."""
     if importlib.util.find_spec(name) is None:
         wheel, extra = name.replace("_", "-"), " (or 'ttt-video-engine[tensorrt]')" if name == "tensorrt_rtx" else ""
         raise BackendError(f"{name} is not installed; run: pip install {wheel}{extra}")
@@ -71,12 +71,14 @@ def load_package(name: PackageName) -> TensorRT:
 
 
 def _give_library_its_plain_name() -> None:
-    """The parser looks for `libtensorrt_rtx.so` as soon as a graph has a plugin, and aborts the process where there is
-    none; the wheel (1.7) has only `libtensorrt_rtx.so.1`. It looks in the folder that it was itself loaded from, so it
-    is loaded from one that has both names."""
+    """Loads TensorRT-RTX from a folder of links that has its library under two names.
+
+    For a graph with plugins the parser opens `libtensorrt_rtx.so` in its own folder, and aborts the process where that
+    file is missing. The wheel (1.7) contains `libtensorrt_rtx.so.1` only.
+    """
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
-        return  # not installed from a wheel: the system's libraries have all their names
+        return  # not from a wheel: a system package installs all names
     (libraries, *_) = spec.submodule_search_locations
     folder = Path(tempfile.mkdtemp(prefix="tensorrt-rtx-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,11 +1,11 @@
 """The TTT operators as TensorRT plugins that launch our cubins.
 
-TensorRT takes a plugin for a node of `ai.ttt` while its creator is registered, and the node's function body while it
-is not. What a plugin computes is in `engines/kernels`; here are its shapes, dtypes and the launch.
+TensorRT's parser turns an `ai.ttt` node into a plugin if the creator of that plugin is registered, else into the node's
+function body. This module has the plugin's shapes, its dtypes and the launch; `engines/kernels` has the computation.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,32 @@ from ttt_video_engine.runtime.errors import BackendError
 
 NAMESPACE, VERSION = ttt_op.DOMAIN, str(ttt_op.VERSION)
 _ETA = 3
-"""Place of eta among the inputs."""
+"""Index of eta among the inputs."""
 
 
 @contextmanager
 def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[None]:
-    """Within the block, TTT nodes become plugins whose cubins for `gpu` lie in `kernels`; they are unloaded at its end.
+    """Registers the plugins for the block, with the cubins for `gpu` in the folder `kernels`.
 
-    Engines with plugins must be built, loaded and run within such a block.
+    Engines with plugins must be built, loaded and run within such a block. Raises BackendError where TensorRT refuses
+    a plugin.
     """
     registry = package.api.get_plugin_registry()
     loaded = _Kernels(kernels, gpu)
-    creators = [_creator(package, op, loaded) for op in ttt_op.OP_TYPES]
-    for creator in creators:
-        if not registry.register_creator(creator, NAMESPACE):
-            raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
-    try:
+    with ExitStack() as stack:
+        stack.callback(loaded.close)
+        for op in ttt_op.OP_TYPES:
+            creator = _creator(package, op, loaded)
+            if not registry.register_creator(creator, NAMESPACE):
+                raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
+            stack.callback(registry.deregister_creator, creator)
         yield
-    finally:
-        for creator in creators:
-            registry.deregister_creator(creator)
-        loaded.close()
 
 
 def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises BackendError naming the operator, the layer and the first input that is not as `ai.ttt` has it.
+    """Raises BackendError that names the operator, the layer and the first input with a wrong shape.
 
-    Sizes that are not known yet are negative and fit anything.
+    A negative size is unknown and matches any size.
     """
     where = f"{NAMESPACE}::{ttt_op.OP_TYPES[op]} {layer}"
     names = ttt_op.INPUTS[op]
@@ -68,7 +67,7 @@ def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> No
 
 
 class _Kernels:
-    """Cubins of one folder and GPU, loaded when first launched."""
+    """Cubins of one folder and GPU, each loaded on its first launch."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
         self.folder, self.gpu = folder, gpu
@@ -145,8 +144,13 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
         def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
             check_shapes(op, self.layer, [tuple(tensor.dims) for tensor in inputs])
 
+        def set_tactic(self, tactic: int) -> None:
+            """Nothing to choose from. Without this method TensorRT reads a status of −1, which is an error."""
+
         def get_fields_to_serialize(self) -> Any:
-            return api.PluginFieldCollection([])  # all that a plugin needs is in the shapes and the bundle
+            return api.PluginFieldCollection(
+                []
+            )  # a plugin reads its sizes from the shapes and its cubin from the bundle
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()

@@ -1,4 +1,4 @@
-"""Runs engines. Everything on the GPU belongs to an engine and goes with it, but for the arrays that it gave away."""
+"""Runs engines. A runner owns all GPU memory that it allocates, except for the caches that it returns."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.tensorrt.checks import choose_profile, usable_engine, weight_budget
+from ttt_video_engine.engines.tensorrt.checks import EngineMemory, choose_profile, usable_engine, weight_budget
 from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialised
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Shape
 from ttt_video_engine.engines.tensorrt.package import TensorRT
@@ -19,59 +19,70 @@ from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 from ttt_video_engine.runtime.runner import AnyArray, TensorSpec, check_inputs
 
 REPEATED_PREFIX = "transformer-"
-"""Graphs that run many times with one set of shapes, so that recording them pays."""
+"""Graphs that run many times with one set of shapes are recorded as CUDA graphs."""
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What an engine may take of the GPU's memory: `limit` in bytes, None for all that is free."""
+    """GPU memory that an engine may use: `limit` in bytes, None for all that is free."""
 
     limit: int | None = None
     low_memory: bool = False
 
     def available(self, taken: int = 0) -> int:
-        """Bytes that are left to an engine that has `taken` some."""
+        """Bytes that an engine may still allocate after it has `taken` some."""
         free = cuda.free_memory()
         return free if self.limit is None else min(free, self.limit - taken)
 
 
 class TensorRTLoader:
-    """Loads graphs of a bundle on the GPU of this machine. `gpu_memory` is the most that an engine may take, in bytes.
+    """Loads graphs of a bundle on the GPU of this machine. `gpu_memory` is the most that an engine may use, in bytes.
 
-    With `low_memory` nothing is recorded as a CUDA graph, which takes memory of its own. Raises BackendError where there
-    is no driver or no GPU.
+    `low_memory` turns CUDA graphs off, which need memory of their own. Raises BackendError where the driver or the GPU
+    is missing.
     """
 
     def __init__(self, bundle: Bundle, *, low_memory: bool = False, gpu_memory: int | None = None) -> None:
-        self._device = cuda.device()
+        self._gpu = cuda.device()
         self._bundle = bundle
         self._memory = MemoryLimit(gpu_memory, low_memory)
         self._engines: dict[str, tuple[EngineFile, TensorRT]] = {}
 
+    def environment(self) -> dict[str, str]:
+        """As `RunnerLoader.environment`, with the TensorRT packages of the graphs that were checked or loaded."""
+        packages = {package.name: package.version for _, package in self._engines.values()}
+        return {
+            "engine": "tensorrt",
+            **{str(name): version for name, version in packages.items()},
+            "gpu": self._gpu.name,
+            "architecture": self._gpu.gpu,
+            "driver": f"CUDA {self._gpu.driver}",
+        }
+
     def check(self, graphs: Iterable[str]) -> None:
-        """Raises BackendError unless each of these graphs has an engine that is whole and fits GPU, package and bundle."""
+        """Raises BackendError unless each graph has an undamaged engine for this GPU, package and bundle."""
         for graph in graphs:
-            self._engine_file(graph)
+            self._find(graph)
 
     def __call__(self, graph: str) -> "TensorRTRunner":
-        file, package = self._engine_file(graph)
-        return TensorRTRunner(self._bundle, file, package, self._memory)
+        engine, package = self._find(graph)
+        return TensorRTRunner(self._bundle, engine, package, self._memory)
 
-    def _engine_file(self, graph: str) -> tuple[EngineFile, TensorRT]:
+    def _find(self, graph: str) -> tuple[EngineFile, TensorRT]:
         if graph not in self._engines:
-            self._engines[graph] = usable_engine(self._bundle, graph, self._device.gpu)
+            self._engines[graph] = usable_engine(self._bundle, graph, self._gpu.gpu)
         return self._engines[graph]
 
 
 class TensorRTRunner:
-    """One engine, loaded. Inputs and outputs have buffers of its own, which grow when shapes do.
+    """One loaded engine. It has a buffer for each input and output, which grows with the shape.
 
-    Caches are the exception: it gives each away as a `DeviceArray` and reads them where they are.
+    Caches have none: each is returned as a `DeviceArray`, and read from where it is.
     """
 
-    def __init__(self, bundle: Bundle, file: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
-        self._name, self._entry, self._package, self._memory = file.entry.graph, file.entry, package, memory
-        self._records = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
+    def __init__(self, bundle: Bundle, built: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
+        self._name, self._entry, self._package, self._memory = built.entry.graph, built.entry, package, memory
+        self._use_graph = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
         self._shapes: dict[str, Shape] | None = None
         self._graph: cuda.Graph | None = None
         self._buffers: dict[str, cuda.DeviceBuffer] = {}
@@ -81,20 +92,20 @@ class TensorRTRunner:
         self._context: Any = None
         self._weights = 0
         with ExitStack() as stack:
-            if file.entry.plugins:
+            if built.entry.plugins:
                 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
 
-                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), file.entry.gpu))
+                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), built.entry.gpu))
             self._stream = cuda.Stream()
             stack.callback(self._stream.close)
             stack.callback(self._free_buffers)
             stack.callback(self._unload)
-            self._load(file)
+            self._load(built)
             self._open: ExitStack | None = stack.pop_all()
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """As `Runner.run`. bfloat16 travels as uint16; caches come back as `DeviceArray`, and are taken as one or the
-        other. Raises BackendError, too, where memory or CUDA fails."""
+        """As `Runner.run`. bfloat16 arrays are uint16. Caches are returned as `DeviceArray`; as inputs they may also be
+        NumPy arrays. Also raises BackendError where the GPU's memory is too small or CUDA fails."""
         if self._open is None:
             raise BackendError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self._entry.inputs, inputs)
@@ -102,13 +113,13 @@ class TensorRTRunner:
         if shapes != self._shapes:
             self._prepare(shapes)
         sources = [self._feed(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
-        outputs = {spec.name: self._place_for(spec) for spec in self._entry.outputs}
+        outputs = {spec.name: self._allocate_output(spec) for spec in self._entry.outputs}
         self._execute()
         for name, array in outputs.items():
             if isinstance(array, np.ndarray):
                 self._buffers[name].copy_to(array, self._stream)
         self._stream.synchronize(self._name)
-        del sources  # the copies that were queued read from them until here
+        del sources  # until here the queued copies read from them
         return outputs
 
     def __enter__(self) -> Self:
@@ -121,50 +132,46 @@ class TensorRTRunner:
         if opened is not None:
             opened.close()
 
-    def _load(self, file: EngineFile) -> None:
-        entry, memory = file.entry, self._memory
-        available = memory.available()
-        if not entry.settings.weight_streaming:
-            self._budget(0, 0, available)
+    def _load(self, built: EngineFile) -> None:
+        available = self._memory.available()
+        self._weights = self._entry.weights
+        streaming = self._entry.settings.weight_streaming
+        if not streaming:
+            self._budget(EngineMemory(self._weights, 0), available)
         self._runtime = self._package.api.Runtime(self._package.logger)
-        self._engine = deserialised(self._package, self._runtime, file)
-        check_tensors(self._package, self._engine, file)
-        if entry.settings.weight_streaming:
-            # No context yet, or the budget could not be set. With 0 the size below is that of a streaming engine.
+        self._engine = deserialised(self._package, self._runtime, built)
+        check_tensors(self._package, self._engine, built)
+        if streaming:
+            # Before the context, which fixes the budget. With 0 the size below is that of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
             streamable = int(self._engine.streamable_weights_size)
-            budget = self._budget(streamable, int(self._engine.device_memory_size_v2), available)
-            self._engine.weight_streaming_budget_v2 = streamable if budget is None else budget
-            self._weights -= streamable - (streamable if budget is None else budget)
+            activations = int(self._engine.device_memory_size_v2)
+            weights = max(self._weights, streamable)
+            budget = self._budget(EngineMemory(weights, activations, streamable), available)
+            kept = streamable if budget is None else budget
+            self._engine.weight_streaming_budget_v2 = kept
+            self._weights = weights - (streamable - kept)
         self._context = self._engine.create_execution_context(self._context_options())
         if self._context is None:
-            raise BackendError(f"{file.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
+            raise BackendError(f"{built.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
 
-    def _budget(self, streamable: int, activations: int, available: int) -> int | None:
-        self._weights = max(self._entry.weights, streamable)
-        return weight_budget(
-            self._name,
-            weights=self._weights,
-            streamable=streamable,
-            activations=activations,
-            available=available,
-            low_memory=self._memory.low_memory,
-        )
+    def _budget(self, memory: EngineMemory, available: int) -> int | None:
+        return weight_budget(self._name, memory, available, low_memory=self._memory.low_memory)
 
     def _context_options(self) -> Any:
-        """Scratch memory is ours to give, so that it is what the shapes need and not what the largest would."""
+        """The runner allocates scratch memory, as much as the actual shapes need."""
         api = self._package.api
-        ours = api.ExecutionContextAllocationStrategy.USER_MANAGED
+        user_managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._package.name != "tensorrt_rtx":
-            return ours
+            return user_managed
         options = self._engine.create_runtime_config()
-        options.set_execution_context_allocation_strategy(ours)
-        # Kernels for the shapes are compiled before the first run: one that is recorded cannot be replaced later.
+        options.set_execution_context_allocation_strategy(user_managed)
+        # Compiles the kernels for the shapes before the first run: a recorded kernel cannot be replaced later.
         options.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         return options
 
     def _prepare(self, shapes: dict[str, Shape]) -> None:
-        """Makes the context ready for these shapes. What was recorded with others is worth nothing then."""
+        """Sets the context to these shapes, and drops the CUDA graph of other shapes."""
         self._shapes = None
         self._drop_graph()
         profile = choose_profile(self._name, self._entry.profiles, shapes)
@@ -186,16 +193,9 @@ class TensorRTRunner:
             if self._scratch is not None:
                 self._scratch.close()
                 self._scratch = None
-            available = self._memory.available(self._weights)
-            weight_budget(
-                self._name,
-                weights=0,
-                streamable=0,
-                activations=size,
-                available=available,
-                low_memory=self._memory.low_memory,
-            )
-            self._scratch = cuda.DeviceBuffer(size)
+            streamable = 0 if self._entry.settings.weight_streaming else None
+            self._budget(EngineMemory(0, size, streamable), self._memory.available(self._weights))
+            self._scratch = cuda.DeviceBuffer(size, self._stream)
         self._context.set_device_memory(self._scratch.pointer, self._scratch.num_bytes)
 
     def _allocate(self, spec: TensorSpec) -> None:
@@ -204,49 +204,49 @@ class TensorRTRunner:
         if before is None or before.num_bytes < size:
             if before is not None:
                 before.close()
-            self._buffers[spec.name] = cuda.DeviceBuffer(size)
-        self._address(spec.name, self._buffers[spec.name])
+            self._buffers[spec.name] = cuda.DeviceBuffer(size, self._stream)
+        self._set_address(spec.name, self._buffers[spec.name])
 
     def _shape(self, name: str) -> Shape:
         shape = tuple(self._context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
             raise BackendError(
-                f"{self._name}: {name} has no shape that follows from the inputs; {export_for_gpu(self._entry.gpu)}"
+                f"{self._name}: {name} has a shape that is unknown from the inputs; {export_for_gpu(self._entry.gpu)}"
             )
         return shape
 
     def _feed(self, name: str, array: AnyArray) -> AnyArray:
-        """Brings an input to where the engine reads it, and returns what must live until it has."""
+        """Copies an input to the GPU; the array that must live until the copy is done."""
         if name.startswith((CACHE_IN, CACHE_OUT)):
             if not isinstance(array, cuda.DeviceArray):
                 array = cuda.to_device(array, self._stream)
-            self._address(name, array.buffer)
+            self._set_address(name, array.buffer)
             return array
         host = cuda.on_host(array)
         self._buffers[name].copy_from(host, self._stream)
         return host
 
-    def _place_for(self, spec: TensorSpec) -> AnyArray:
-        """Where an output comes to be: memory on the host to copy to, or on the GPU to give away."""
+    def _allocate_output(self, spec: TensorSpec) -> AnyArray:
+        """An array for an output: on the host, or for a cache on the GPU."""
         shape = self._shape(spec.name)
         if not spec.name.startswith((CACHE_IN, CACHE_OUT)):
             return np.empty(shape, spec.array_dtype)
-        array = cuda.DeviceArray(shape, spec.array_dtype)
-        self._address(spec.name, array.buffer)
+        array = cuda.DeviceArray(shape, spec.array_dtype, self._stream)
+        self._set_address(spec.name, array.buffer)
         return array
 
     def _execute(self) -> None:
-        """Queues one run: as it is the first time, which loads and compiles what it needs, then as recorded."""
+        """Queues one run. The first run loads and compiles what it needs; later runs launch the CUDA graph."""
         if self._graph is not None:
             self._graph.launch(self._stream)
             return
         self._enqueue()
-        if self._records:
+        if self._use_graph:
             self._stream.synchronize(self._name)
             self._record()
 
     def _record(self) -> None:
-        """The next runs are recorded ones, or where this one cannot be recorded, as they were: slower, and right."""
+        """Records a CUDA graph; where that fails, later runs are queued one by one, which is slower."""
         capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX only
         try:
             if capturable is None or capturable(self._stream.handle):
@@ -254,17 +254,17 @@ class TensorRTRunner:
                 return
         except BackendError:
             self._package.errors.clear()
-        self._records = False
+        self._use_graph = False
 
     def _enqueue(self) -> None:
         self._require(self._context.execute_async_v3(self._stream.handle), "the run")
 
-    def _address(self, name: str, buffer: cuda.DeviceBuffer) -> None:
-        self._require(self._context.set_tensor_address(name, buffer.pointer), f"the address of {name}")
+    def _set_address(self, name: str, buffer: cuda.DeviceBuffer) -> None:
+        self._require(self._context.set_tensor_set_address(name, buffer.pointer), f"the address of {name}")
 
     def _require(self, succeeded: bool, doing: str) -> None:
         if not succeeded:
-            raise BackendError(f"{self._name}: {self._package.name} refuses {doing} ({self._package.take_errors()})")
+            raise BackendError(f"{self._name}: {self._package.name} refused {doing} ({self._package.take_errors()})")
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
@@ -272,7 +272,7 @@ class TensorRTRunner:
             self._graph = None
 
     def _unload(self) -> None:
-        """In this order: each needs the next."""
+        """Releases the TensorRT objects; each needs the one after it."""
         with contextlib.suppress(BackendError):
             self._stream.synchronize(self._name)
         self._drop_graph()

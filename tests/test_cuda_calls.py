@@ -1,0 +1,77 @@
+"""The calls that engines make of CUDA, with a driver in place of NVIDIA's whose GPU is the memory of the host."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a library of Linux"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the fake driver is compiled with cc"),
+]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("cuda.core")
+    folder = tmp_path_factory.mktemp("driver")
+    command = ["cc", "-shared", "-fPIC", "-w", "-o", str(folder / "libcuda.so.1"), str(HERE / "fake_driver.c"), "-ldl"]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def run(driver: Path, folder: Path, code: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(HERE.parent), **settings}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, *code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def found(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("calls")
+    done = run(driver, folder, [str(HERE / "cuda_calls.py")])
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return content
+
+
+def test_the_gpu_is_found(found: dict[str, Any]) -> None:
+    assert found["gpu"] == ["Fake GPU", "sm_89", "13.0", 1 << 30]
+    assert "GPU 1" in found["device"] and "--engine onnxruntime" in found["device"]
+
+
+def test_copies_are_whole_and_all_memory_is_given_back(found: dict[str, Any]) -> None:
+    assert found["copied"] and found["as float32"] == "float32"
+    assert found["while it lives"] == 1 and found["after it"] == [0, 0]
+
+
+def test_too_little_memory_names_both_sizes_and_the_cure(found: dict[str, Any]) -> None:
+    said = found["too much"]
+    assert f"{(1 << 30) + 1:,}" in said and f"{1 << 30:,}" in said and "--low-memory" in said
+
+
+def test_a_graph_is_recorded_for_this_thread_and_a_failure_ends_the_recording(found: dict[str, Any]) -> None:
+    assert found["mode while recording"] == [1 + 1], "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"
+    assert found["refused"] == "refused by the engine" and found["capturing"] == 0
+
+
+def test_a_kernel_is_launched_as_its_cubin_says(found: dict[str, Any]) -> None:
+    assert found["launched"]
+    assert "XQ" in found["misaligned"] and "16" in found["misaligned"]
+    assert all(found[name].startswith("ttt_linear.cubin: ") for name in ("misaligned", "closed", "damaged"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"FAKE_CUDA_VERSION": "12040"}, "12.4"), ({"FAKE_GPUS": "0"}, "no NVIDIA GPU")]
+)
+def test_a_driver_that_cannot_be_used(driver: Path, tmp_path: Path, settings: dict[str, str], named: str) -> None:
+    done = run(driver, tmp_path, ["-c", "from ttt_video_engine.engines import cuda; cuda.device()"], **settings)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "BackendError: " in last and named in last

@@ -60,7 +60,8 @@ def export(
     )
     model = chosen.model
 
-    from ttt_video_engine.export.build import EngineRequest, export_bundle
+    from ttt_video_engine.export.build import Extras, export_bundle
+    from ttt_video_engine.export.engines import EngineRequest
     from ttt_video_engine.export.sources.source import CheckpointSource, SeededSource
 
     settings = BuildSettings(
@@ -75,6 +76,6 @@ def export(
             if checkpoint is None
             else CheckpointSource(model, checkpoint, chosen.seed, display.line)
         )
-        plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update)
+        extras = Extras(EngineRequest(tuple(dict.fromkeys(gpu or ())), settings), display.update)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, extras)
     typer.echo(f"bundle: {output}")

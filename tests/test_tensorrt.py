@@ -26,11 +26,10 @@ from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
-from ttt_video_engine.export.engines import build_engines, profiles
+from ttt_video_engine.export.engines import EngineRequest, build_engines, profiles
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import Graph, component_graphs, text_encoder_graph, transformer_graph
-from ttt_video_engine.export.graphs.graph import TORCH_DTYPES
-from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
@@ -191,7 +190,7 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     files = {**manifest.files, "transformer/model-3s.onnx": FileEntry("0" * 64, 1)}
     (tmp_path / "stage").mkdir()
     assert build_engines(
-        replace(manifest, files=files), tmp_path / "stage", bundle, (), BuildSettings(), lines.append, lambda *_: None
+        replace(manifest, files=files), tmp_path / "stage", bundle, EngineRequest(), lines.append, lambda *_: None
     )
     assert lines == [
         f"transformer-3s for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}"
@@ -211,7 +210,7 @@ def test_engines_of_a_stopped_export_are_not_built_again(
 
     def build() -> list[str]:
         lines: list[str] = []
-        assert build_engines(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        assert build_engines(manifest, bundle, None, EngineRequest(("sm_89",)), lines.append, lambda *_: None)
         return [line for line in lines if "bytes in" not in line]
 
     def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
@@ -242,7 +241,7 @@ def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypa
     monkeypatch.setattr(exported_engines, "available_ram", lambda: 500 << 20)
     manifest = open_bundle(shared_bundle).manifest
     with pytest.raises(KeyboardInterrupt):
-        build_engines(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        build_engines(manifest, shared_bundle, None, EngineRequest(("sm_89",)), lines.append, lambda *_: None)
     assert lines == [
         "text_encoder for sm_89: new",
         "warning: text_encoder: TensorRT takes 513.5 MiB of RAM, 500.0 MiB are free here; "

@@ -74,14 +74,8 @@ def fingerprint(path: Path) -> str:
 
 
 def lazy_state(tensors: Mapping[str, Tensor]) -> LazyStateDict:
-    """Tensors that are in memory already; names of one tensor share an entry."""
-    entries: dict[tuple[int, torch.Size], LazyTensor] = {}
-    return {
-        name: entries.setdefault(
-            (value.data_ptr(), value.shape), LazyTensor(tuple(value.shape), value.dtype, partial(_same, value))
-        )
-        for name, value in tensors.items()
-    }
+    """Tensors that are in memory already."""
+    return {name: LazyTensor(tuple(value.shape), value.dtype, partial(_same, value)) for name, value in tensors.items()}
 
 
 def _open_file(path: Path) -> LazyStateDict:

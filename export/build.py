@@ -24,6 +24,7 @@ from ttt_video_engine.export.swap import bundle_files, settle
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
 from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.runtime.bundle import (
+    ENGINES,
     TOKENIZER,
     Bundle,
     FileEntry,
@@ -155,9 +156,12 @@ class _Build:
 
     def engines(self, request: EngineRequest) -> None:
         """Brings TensorRT's engines into the stage, built or taken over."""
-        previous = None if self.stage.previous is None else self.stage.previous.root
-        manifest, root = self.manifest(), self.stage.root
+        before, manifest, root = self.stage.previous, self.manifest(), self.stage.root
+        previous = None if before is None else before.root
         if build_engines(manifest, root, previous, request, self.report, self.progress):
+            self.changed = True
+        had = [] if before is None else [name for name in before.manifest.files if name.startswith(ENGINES)]
+        if not all((root / name).exists() for name in had):  # damaged, or of a program before this one
             self.changed = True
 
     def manifest(self) -> Manifest:

@@ -81,6 +81,7 @@ WEIGHTS = Artefact(
         "reference/rope.py": "angles; has no weights",
         "reference/ttt.py": "the scan; its weights are the layer's",
         "runtime/bundle.py": _MANIFEST,
+        "runtime/storyboard.py": "the tokenizer",
         "runtime/tokenizer.py": "the tokenizer",
         "runtime/ttt_op.py": "graphs",
     },

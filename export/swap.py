@@ -41,7 +41,7 @@ def bundle_files(folder: Path) -> set[str]:
 
     Raises OutputError where the folder holds anything, but no bundle of ours: it is not ours to replace.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or _is_empty(folder):
         return set()
     names = _listed(folder)
     if names is None:
@@ -72,9 +72,9 @@ def settle(output: Path) -> None:
     Raises OutputError where a folder that is not of an export is in the way.
     """
     retired = retired_folder(output)
-    if retired.exists() and not bundle_files(retired):
+    if retired.exists() and _listed(retired) is None and not _is_empty(retired):
         raise OutputError(f"{retired}: is where an export keeps the bundle that it replaces; move it away")
-    if retired.exists() and not output.exists():
+    if _listed(retired) is not None and not output.exists():
         os.replace(retired, output)
         sync(output.parent)
     if not output.is_dir() or _listed(output) is None:
@@ -147,6 +147,10 @@ def _move(source: Path, target: Path) -> None:
             for child in sorted(source.iterdir()):
                 _move(child, target / child.name)
             source.rmdir()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _are_folders(*paths: Path) -> bool:

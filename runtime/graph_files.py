@@ -83,12 +83,14 @@ def _external(model: bytes, start: int, end: int) -> Iterator[tuple[str, list[tu
 def _fields(model: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(number, wire type, start and end of its content) of each field of the message at [at, end)."""
     while at < end:
-        tag, at = _varint(model, at)
+        tag = model[at]
+        tag, at = (tag, at + 1) if tag < 0x80 else _varint(model, at)  # nearly all have one byte
         if tag >= 1 << 32:  # which readers cut to 32 bits, to another field
             raise ValueError(f"a tag of {tag} before byte {at}")
         wire = tag & 7
         if wire == _BYTES:
-            length, at = _varint(model, at)
+            length = model[at]
+            length, at = (length, at + 1) if length < 0x80 else _varint(model, at)
             last = at + length
         elif wire == _VARINT:
             _, last = _varint(model, at)

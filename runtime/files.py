@@ -8,6 +8,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ def writing(target: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+        if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
+            raise OutputError(f"{target}: cannot be replaced ({error.strerror}); choose another folder") from error
         if error.errno == errno.EIO:
             raise OutputError(f"{target}: cannot be written ({error.strerror}); check the disk") from error
         raise
@@ -112,7 +115,7 @@ def check_replaceable(folder: Path) -> Path:
         real = folder.resolve()
         if Path.cwd().is_relative_to(real):
             raise OutputError(f"{folder}: is the folder that this command runs in; run it elsewhere, or name another")
-        if os.path.ismount(real):
+        if os.path.ismount(real) or str(real) in _mount_points():
             raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
     except (OSError, RuntimeError) as error:
         cause = getattr(error, "strerror", None) or "its links lead nowhere"
@@ -143,6 +146,15 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mount_points() -> set[str]:
+    """Of this process, bind mounts too, which `ismount` does not see; none where the system does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return set()
+    return {re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), line.split()[4]) for line in lines}
 
 
 def _existing_parent(path: Path) -> Path:

@@ -18,6 +18,7 @@ from ttt_video_engine.export.stage import open_stage
 from ttt_video_engine.reference.checkpoints.lazy import LazyTensor, lazy_state
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.runtime import bundle as bundles
+from ttt_video_engine.runtime import files
 from ttt_video_engine.runtime.bundle import MANIFEST, open_bundle, retired_folder
 from ttt_video_engine.runtime.errors import BundleError, OutputError
 from ttt_video_engine.runtime.presets import tiny
@@ -57,23 +58,26 @@ def test_a_place_that_cannot_be_replaced_is_refused_before_any_work(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_work(monkeypatch)
-    here, mount, loop = tmp_path / "here", tmp_path / "mount", tmp_path / "loop"
+    here, mount, bound, loop = (tmp_path / name for name in ("here", "mount", "bound", "loop"))
     (here / "inside").mkdir(parents=True)
     mount.mkdir()
+    bound.mkdir()
     loop.symlink_to(loop)
     monkeypatch.chdir(here / "inside")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
+    monkeypatch.setattr(files, "_mount_points", lambda: {str(bound)})
     for place, why in {
         ".": "runs in",
         "..": "runs in",
         str(here): "runs in",
         str(mount): "mount point",
+        str(bound): "mount point",
         str(loop): "",
     }.items():
         code, out, err = run("export", "--output", place)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith(f"error: {place}: ") and why in err
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "inside", "loop", "mount"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bound", "here", "inside", "loop", "mount"]
 
 
 def test_the_root_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,8 @@ def export(
         seed=seed,
     )
 
-    from ttt_video_engine.export.build import EngineRequest, export_bundle
+    from ttt_video_engine.export.build import Extras, export_bundle
+    from ttt_video_engine.export.engines import EngineRequest
     from ttt_video_engine.export.sources.source import CheckpointSource, SeededSource
 
     settings = BuildSettings(
@@ -103,6 +104,7 @@ def export(
             source = CheckpointSource(chosen.model, checkpoint, chosen.seed, display.line)
             if not chosen.vae_scale_stated:
                 source = source.with_stored_scale()
-        plans = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, plans, display.update, inline=inline)
+        engines = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
+        extras = Extras(engines, display.update, inline=inline)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, extras)
     typer.echo(f"bundle: {output}")

@@ -18,7 +18,8 @@ from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.pipeline import graphs_needed, prepare_jobs, render
 from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
-from ttt_video_engine.runtime.text_cache import TextCache, default_folder
+from ttt_video_engine.runtime.text_cache import TextCache
+from ttt_video_engine.runtime.user_cache import cache_folder
 
 
 def sample(
@@ -94,7 +95,7 @@ def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | No
     providers = available_providers() if provider is None else PROVIDERS[provider]
     runs_on = " ".join((engine, ort.__version__, *providers)) if engine == "onnxruntime" else engine
     return TextCache(
-        default_folder(),
+        cache_folder("text"),
         f"{bundle.component_digest(TEXT_ENCODER)} {runs_on}",
         width=bundle.manifest.model.text_encoder.d_model,
         verify=lambda: bundle.verify_component(TEXT_ENCODER),

@@ -4,8 +4,6 @@ No component is ever in memory: graphs are traced from modules without weights, 
 bundle a tensor at a time. The new bundle grows beside the old one and takes its place whole at the end.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,20 +11,20 @@ from pathlib import Path
 
 from torch import nn
 
-from ttt_video_engine.engines.tensorrt.engine import BuildSettings
-from ttt_video_engine.export.engines import build_engines, bytes_built, check_gpus
-from ttt_video_engine.export.graphs.components import component_graphs
-from ttt_video_engine.export.graphs.graph import OPSET, TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.engines import EngineRequest, build_engines, bytes_built, check_gpus
+from ttt_video_engine.export.graphs.components import component_graphs, graph_weights
+from ttt_video_engine.export.graphs.graph import OPSET, Graph, read_signature, save, trace
 from ttt_video_engine.export.graphs.journal import journal_of
-from ttt_video_engine.export.graphs.weights import WeightFile, lay_out, write_weights
-from ttt_video_engine.export.keys import TOOLS, Key, differences, environment_key, graph_key, weights_key
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, WeightFile, lay_out, write_weights
+from ttt_video_engine.export.keys import TOOLS, Key, differences, graph_key, package_version, weights_key
 from ttt_video_engine.export.parity.gate import Gate
 from ttt_video_engine.export.sources.source import Component, ModelSource, components_of
-from ttt_video_engine.export.stage import Stage, export_lock, open_stage, retired_folder
+from ttt_video_engine.export.stage import Stage, export_lock, open_stage
+from ttt_video_engine.export.swap import bundle_files, settle
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
-from ttt_video_engine.reference.initialise import on_meta_device, with_placeholder_weights
+from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.runtime.bundle import (
-    MANIFEST,
+    ENGINES,
     TOKENIZER,
     Bundle,
     FileEntry,
@@ -38,24 +36,25 @@ from ttt_video_engine.runtime.bundle import (
 from ttt_video_engine.runtime.callbacks import Progress, Report
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
 from ttt_video_engine.runtime.dtypes import DType
-from ttt_video_engine.runtime.errors import BundleError, OutputError
-from ttt_video_engine.runtime.files import check_space, sha256_of, writing
+from ttt_video_engine.runtime.errors import BundleError
+from ttt_video_engine.runtime.files import check_replaceable, check_space, sha256_of, writing
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
 """At most, for a graph without its weights: the largest of the 5B model has 3.1 MB."""
 
 
-@dataclass(frozen=True)
-class EngineRequest:
-    """TensorRT engines to have in a bundle: for which GPUs, built how."""
-
-    gpus: tuple[str, ...] = ()
-    settings: BuildSettings = field(default_factory=BuildSettings)
-
-
 def _no_progress(phase: str, done: int, total: int) -> None:
     pass
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What few exports ask for: TensorRT engines, progress of long stages, and TTT nodes as standard operators."""
+
+    engines: EngineRequest = field(default_factory=EngineRequest)
+    progress: Progress = _no_progress
+    inline: bool = False
 
 
 def export_bundle(
@@ -64,35 +63,33 @@ def export_bundle(
     lengths: Sequence[str],
     dtype: DType,
     report: Report,
-    engines: EngineRequest | None = None,
-    progress: Progress = _no_progress,
-    *,
-    inline: bool = False,
+    extras: Extras | None = None,
 ) -> Bundle:
     """Makes or updates the bundle at `output`, for `lengths` and those it already has.
 
-    Engines for other GPUs stay while their graphs do. `report` is told in a line each what is built, why, and how parity
-    came out, `progress` how far what takes long is. With `inline` TTT nodes are written as standard operators. Raises
-    CheckFailed where a component is over tolerance. However it ends before the end, `output` is then as it was, and
-    what was finished waits beside it for the next export. Raises OutputError where another export of the same bundle is
-    running.
+    Engines for other GPUs stay while their graphs do, and files that are not the bundle's stay in its folder. `report`
+    is told in a line each what is built, why, and how parity came out. Raises CheckFailed where a component is over
+    tolerance. However it ends before the end, `output` is then as it was, and what was finished waits beside it for the
+    next export. Raises OutputError, before any work, where another export of the same bundle is running, and where
+    `output` cannot be replaced or holds anything but a bundle.
     """
-    engines = engines or EngineRequest()
-    check_gpus(engines.gpus)
+    extras = extras or Extras()
+    check_gpus(extras.engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
+    output = check_replaceable(output)
     components = components_of(source)
     with writing(output), export_lock(output):
         previous = _previous(output)
         has = () if previous is None else previous.manifest.lengths
         lengths = sorted({*lengths, *has}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
         with _staging(output, previous, report) as stage:
-            build = _Build(source, components, dtype, lengths, stage, report, progress, inline)
-            build.check_space(output, engines.gpus)
+            build = _Build(source, components, dtype, lengths, stage, report, extras.progress, extras.inline)
+            build.check_space(output, extras.engines.gpus)
             build.tokenizer()
             for name in components:
                 build.component(name)
-            build.engines(engines)
+            build.engines(extras.engines)
             if previous is not None and not build.changed and list(has) == lengths:
                 report("nothing has changed")
                 stage.discard()
@@ -130,7 +127,7 @@ class _Build:
             file, _ = self._layout(name)
             graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
             engines = graphs * len(gpus) * file.size  # an engine holds the weights of its graph
-            if self.stage.weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)) is not None:
+            if self.stage.has_weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)):
                 engines = max(0, engines - sum(size for graph, size in built.items() if graph.startswith(name)))
                 weights = 0
             else:
@@ -168,14 +165,16 @@ class _Build:
 
     def engines(self, request: EngineRequest) -> None:
         """Brings TensorRT's engines into the stage, built or taken over."""
-        previous = None if self.stage.previous is None else self.stage.previous.root
-        manifest, root = self.manifest(), self.stage.root
-        if build_engines(manifest, root, previous, request.gpus, request.settings, self.report, self.progress):
+        before, manifest, root = self.stage.previous, self.manifest(), self.stage.root
+        previous = None if before is None else before.root
+        if build_engines(manifest, root, previous, request, self.report, self.progress):
+            self.changed = True
+        had = [] if before is None else [name for name in before.manifest.files if name.startswith(ENGINES)]
+        if not all((root / name).exists() for name in had):  # damaged, or of a program before this one
             self.changed = True
 
     def manifest(self) -> Manifest:
         """What the stage holds; it then holds nothing else."""
-        environment = environment_key()
         weights = {graph.weights for graph in self.graphs.values()}
         return Manifest(
             model=self.source.model,
@@ -186,7 +185,7 @@ class _Build:
             tokenizer_key=self.tokenizer_key,
             weight_keys={name: self.stage.finished.weight_keys[name] for name in sorted(weights)},
             files=self.stage.keep_only({*weights, *(graph.file for graph in self.graphs.values()), TOKENIZER}),
-            tools={name: environment[f"tool {name}"] for name in TOOLS},
+            tools={name: package_version(name) for name in TOOLS},
         )
 
     def _weights(self, name: str) -> tuple[WeightFile, FileEntry]:
@@ -212,10 +211,8 @@ class _Build:
         return file, entry
 
     def _layout(self, name: str) -> tuple[WeightFile, LazyStateDict]:
-        """Weights by the names that the graphs have for them: those of a wrapper around the component's module."""
         component = self.components[name]
-        wrapper = component_graphs(on_meta_device(component.build), self.source.model, self.lengths[:1])[0].module
-        weights = {full: component.weights[full.partition(".")[2]] for full in wrapper.state_dict()}
+        weights = graph_weights(component.build, component.weights, self.source.model)
         path = self.stage.root / name / WEIGHTS_FILE
         return lay_out(weights, path, TORCH_DTYPES[self.dtype]), weights
 
@@ -246,20 +243,15 @@ class _Build:
 
 
 def _previous(output: Path) -> Bundle | None:
-    """The bundle that is there, if it is whole; a folder that holds anything else is not ours to replace."""
-    retired = retired_folder(output)
-    if retired.exists() and not output.exists():
-        os.replace(retired, output)  # killed between the two renames of an earlier export
-    if not output.exists():
+    """The bundle that is there, if it is whole. Raises OutputError for a folder that holds anything else."""
+    settle(output)
+    if not bundle_files(output):
         return None
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise OutputError(f"{output}: exists and is not a bundle; choose another folder or remove it")
     try:
         bundle = open_bundle(output)
         bundle.check()
     except BundleError:
         return None
-    shutil.rmtree(retired, ignore_errors=True)  # killed after the second
     return bundle
 
 

@@ -1,13 +1,14 @@
-"""TensorRT engines of a bundle: one per graph and GPU, built again only where something they are made of has changed."""
+"""TensorRT engines of a bundle: one per graph and GPU, built again only where what they are made of has changed."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
+from ttt_video_engine.engines.kernels.cubin import read_cubin
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
@@ -17,10 +18,11 @@ from ttt_video_engine.engines.tensorrt.engine import (
     Profile,
     ShapeRange,
     entry_path,
-    list_engines,
+    readable_engines,
 )
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
-from ttt_video_engine.export.keys import Key, differences, package_version, source_digest
+from ttt_video_engine.export.keys import Key, differences, engine_environment, package_version
+from ttt_video_engine.export.stage import is_written
 from ttt_video_engine.planning.fit import MORE_RAM, available_ram
 from ttt_video_engine.planning.memory import build_memory
 from ttt_video_engine.planning.report import gib
@@ -34,29 +36,35 @@ from ttt_video_engine.runtime.runner import TensorSpec
 TRANSFORMER_BATCHES = (1, 2)
 """Smallest and largest batch of the transformer: with --low-memory the branches run one after the other."""
 
-_SOURCES = ("engines/tensorrt/builder.py", "engines/tensorrt/plugin.py", "engines/kernels/*.py", "export/engines.py")
-
 GraphOnGpu = tuple[str, str]
 """A graph and the GPU that its engine is for."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """TensorRT engines to have in a bundle: for which GPUs, built how."""
+
+    gpus: tuple[str, ...] = ()
+    settings: BuildSettings = field(default_factory=BuildSettings)
 
 
 def build_engines(
     manifest: Manifest,
     stage: Path,
     previous: Path | None,
-    gpus: Collection[str],
-    settings: BuildSettings,
+    request: EngineRequest,
     report: Report,
     progress: Progress,
 ) -> bool:
-    """Fills `stage`/engines with the engines of every graph for `gpus`; whether any is new.
+    """Fills `stage`/engines with the engines of every graph that are asked for; whether any is new.
 
-    `stage` holds the graphs that `manifest` describes; engines of the bundle at `previous` are taken over where they are
-    made of the same, those for other GPUs too, and so are those that an export that was stopped left in `stage`. Raises
-    BackendError where a build fails.
+    `stage` holds the graphs that `manifest` describes; engines of the bundle at `previous` are taken over where they
+    are made of the same, those for other GPUs too, and so are those that an export that was stopped left in `stage`.
+    Raises BackendError where a build fails.
     """
-    old = {(engine.entry.graph, engine.entry.gpu): engine for engine in (list_engines(previous) if previous else [])}
-    wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in manifest.graphs for gpu in gpus}
+    engines, settings = readable_engines(previous) if previous else [], request.settings
+    old = {(engine.entry.graph, engine.entry.gpu): engine for engine in engines}
+    wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in manifest.graphs for gpu in request.gpus}
     finished = _finished(stage, wanted)
     changed = False
     for (graph, gpu), engine in old.items():
@@ -88,8 +96,7 @@ def bytes_built(folders: Iterable[Path], gpus: Collection[str]) -> dict[str, int
     """Graph → bytes of its engines for `gpus` that one of these bundles has, or a folder in which one grows."""
     sizes: dict[GraphOnGpu, int] = {}
     for folder in folders:
-        with suppress(BackendError):  # an engine that cannot be read is built again
-            sizes |= {(engine.entry.graph, engine.entry.gpu): engine.entry.size for engine in list_engines(folder)}
+        sizes |= {(engine.entry.graph, engine.entry.gpu): engine.entry.size for engine in readable_engines(folder)}
     built: dict[str, int] = {}
     for (graph, gpu), size in sizes.items():
         if gpu in gpus:
@@ -116,22 +123,28 @@ def stale_engines(manifest: Manifest, engines: Iterable[EngineFile]) -> dict[str
 
 
 def _finished(stage: Path, wanted: Mapping[GraphOnGpu, Key]) -> set[GraphOnGpu]:
-    """What an export that was stopped has built of the engines that are `wanted`, by their keys; all else is removed."""
-    try:
-        engines = [
-            engine
-            for engine in list_engines(stage)
-            if wanted.get((engine.entry.graph, engine.entry.gpu)) == engine.entry.key
-        ]
-        for engine in engines:
-            engine.verify()
-    except BackendError:  # damaged, so that none is to be relied on
-        engines = []
-    kept = {path for engine in engines for path in (engine.path, entry_path(engine.path), *_cubins(engine))}
+    """What an export that was stopped has built of the engines that are `wanted`, by their keys, each held to its
+    digest; the files of all others are removed."""
+    engines = [
+        engine
+        for engine in readable_engines(stage)
+        if wanted.get((engine.entry.graph, engine.entry.gpu)) == engine.entry.key and _is_whole(engine)
+    ]
+    kept = {path for engine in engines for path in _files(engine)}
     for path in (stage / FOLDER).rglob("*"):
-        if path.is_file() and path not in kept:
+        if path.is_file() and path not in kept and is_written(path.relative_to(stage).as_posix()):
             path.unlink()
     return {(engine.entry.graph, engine.entry.gpu) for engine in engines}
+
+
+def _is_whole(engine: EngineFile) -> bool:
+    try:
+        engine.verify()
+        for cubin in set(engine.entry.plugins.values()):
+            read_cubin(engine.path.with_name(Path(KERNELS).name), cubin)
+    except BackendError:
+        return False
+    return True
 
 
 def profiles(
@@ -183,8 +196,10 @@ def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Ke
     graph = manifest.graphs[name]
     package = package_for(gpu)
     shapes = profiles(manifest.model, manifest.lengths, graph.inputs, name)
+    environment = engine_environment()
     if _scans(manifest, name) is None:
         settings = replace(settings, plugins=True)  # nothing there that they could be for
+        del environment["tool triton"]  # which compiles the kernels of plugins
     return {
         "graph": _digest(manifest.files, graph.file),
         "weights": _digest(manifest.files, graph.weights),
@@ -192,7 +207,7 @@ def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Ke
         "precision": manifest.dtype,
         "profiles": hashlib.sha256(msgspec.json.encode(shapes, order="deterministic")).hexdigest(),
         "settings": msgspec.json.encode(settings, order="deterministic").decode(),
-        "code": source_digest(*_SOURCES),
+        **environment,
         "package": package,
         "package version": package_version(package),
     }
@@ -227,14 +242,15 @@ def _summary(engine: EngineFile) -> str:
 def _reuse_engine(engine: EngineFile, stage: Path) -> None:
     """An engine, its JSON and the cubins it launches, from the bundle before."""
     bundle = engine.path.parent.parent
-    for path in (engine.path, entry_path(engine.path), *_cubins(engine)):
+    for path in _files(engine):
         target = stage / path.relative_to(bundle)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             link_or_copy(path, target)
 
 
-def _cubins(engine: EngineFile) -> list[Path]:
-    """The files of the kernels that an engine launches, each with its JSON."""
+def _files(engine: EngineFile) -> list[Path]:
+    """An engine, its JSON, and the files of the kernels that it launches, each with its JSON."""
     folder = engine.path.with_name(Path(KERNELS).name)
-    return [path for cubin in sorted(set(engine.entry.plugins.values())) for path in folder.glob(f"{cubin}.*")]
+    cubins = [path for cubin in sorted(set(engine.entry.plugins.values())) for path in folder.glob(f"{cubin}.*")]
+    return [engine.path, entry_path(engine.path), *cubins]

@@ -6,14 +6,10 @@ Tests hold these tables to the modules of `reference/`, name by name and in orde
 from math import prod
 
 from ttt_video_engine.runtime.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
+from ttt_video_engine.runtime.dtypes import ITEM_BYTES, WEIGHT_ALIGNMENT, DType
 
 Shapes = dict[str, tuple[int, ...]]
 """Weight → shape, in the order of the module's state dict."""
-
-ALIGNMENT = 4096
-"""Bytes that the place of each weight in a data file is a multiple of: whole pages, so that a runtime can map weights
-instead of reading them."""
 
 
 def weight_shapes(model: ModelConfig) -> dict[str, Shapes]:
@@ -39,10 +35,10 @@ def num_parameters(shapes: Shapes) -> int:
 
 
 def file_bytes(shapes: Shapes, dtype: DType) -> int:
-    """Size of the data file that an export writes: every weight starts at a multiple of ALIGNMENT."""
+    """Size of the data file that an export writes: every weight starts at a multiple of WEIGHT_ALIGNMENT."""
     end = 0
     for shape in shapes.values():
-        end += -end % ALIGNMENT + prod(shape) * ITEM_BYTES[dtype]
+        end += -end % WEIGHT_ALIGNMENT + prod(shape) * ITEM_BYTES[dtype]
     return end
 
 

@@ -5,7 +5,6 @@ shapes that the model's config calls for.
 """
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,8 +15,10 @@ from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError
 from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.graph_files import check_external_data
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.settings import Settings
+from ttt_video_engine.runtime.verified import is_noted, note
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
@@ -123,22 +124,29 @@ class Bundle:
         """Raises BundleError for the first file that is missing or is not what was exported, in no time.
 
         Only a file that is newer than `bundle.json` is read, as one is that was changed, or copied without its time;
-        a file that has its digest then gets that of `bundle.json`. Engines aside: the one that is used verifies itself
-        when it is loaded.
+        that it has its digest is noted in the user's cache, and holds until the file is touched. Engines aside: the one
+        that is used verifies itself when it is loaded.
         """
         exported = (self.root / MANIFEST).stat().st_mtime_ns
         for name in self._checked():
-            status = self._status(name)
-            if status.st_mtime_ns > exported:
+            status, sha256 = self._status(name), self.manifest.files[name].sha256
+            if status.st_mtime_ns > exported and not is_noted(status, sha256):
                 self._verify(name)
-                with suppress(OSError):  # not ours to write: it is read again the next time
-                    os.utime(self.path(name), ns=(status.st_atime_ns, exported))
+                note(status, sha256)
+        self._check_graphs()
 
     def verify(self) -> None:
         """As `check`, but reads every file."""
         for name in self._checked():
             self._status(name)
             self._verify(name)
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        """Graphs read the file that the manifest lists as their weights, and nothing else."""
+        for graph in self.manifest.graphs.values():
+            weights = self.manifest.files[graph.weights].size
+            check_external_data(self.path(graph.file), self.path(graph.weights), weights)
 
     def _checked(self) -> list[str]:
         return [name for name in self.manifest.files if not name.startswith(ENGINES)]
@@ -157,12 +165,26 @@ class Bundle:
             raise BundleError(f"{self.root}: {name} has changed since the export; {EXPORT_AGAIN}")
 
 
+def retired_folder(root: Path) -> Path:
+    """Where a bundle lies for the moment in which its successor takes its place, where two names cannot be swapped."""
+    return root.with_name(f".{root.name}.previous")
+
+
 def open_bundle(root: Path) -> Bundle:
-    """Reads and checks the manifest. Raises BundleError naming the folder, the field and the cure."""
+    """Reads and checks the manifest. Raises BundleError naming the folder, the field and the cure.
+
+    Where an export was killed as it took the bundle's place, the bundle before it is opened.
+    """
+    if not os.path.lexists(root) and (retired_folder(root) / MANIFEST).is_file():
+        root = retired_folder(root)
     manifest_path = root / MANIFEST
-    if not manifest_path.is_file():
-        raise BundleError(f"{root}: is not a bundle ({MANIFEST} is missing); make one with ttt-video export")
-    content = manifest_path.read_bytes()
+    try:
+        content = manifest_path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        cause = "is no file" if isinstance(error, IsADirectoryError) else "is missing"
+        raise BundleError(f"{root}: is not a bundle ({MANIFEST} {cause}); make one with ttt-video export") from error
+    except OSError as error:
+        raise BundleError(f"{manifest_path}: cannot be read ({error.strerror}); check who may read it") from error
     try:
         version = msgspec.json.decode(content, type=_Version).format_version
         if version > FORMAT_VERSION:
@@ -171,7 +193,7 @@ def open_bundle(root: Path) -> Bundle:
                 f"update ttt-video-engine or {EXPORT_AGAIN}"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{manifest_path}: {error}; {EXPORT_AGAIN}") from error
     _check_names(manifest_path, manifest)
     _check_shapes(manifest_path, manifest)

@@ -1,4 +1,4 @@
-"""The dtypes of a model, of its weights and of its tensors, by their names."""
+"""The dtypes of a model, of its weights and of its tensors, by their names, and how weights lie in a file."""
 
 from typing import Literal
 
@@ -21,3 +21,7 @@ DTYPES: dict[Precision, DType] = {
 }
 
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+WEIGHT_ALIGNMENT = 4096
+"""Bytes that the place of each weight in a data file is a multiple of: whole pages, so that a runtime can map weights
+instead of reading them."""

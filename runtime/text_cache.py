@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import OutputError
@@ -106,15 +105,3 @@ def _prune(folder: Path) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
-
-
-def default_folder() -> Path | None:
-    """Where the user's embeddings are kept; None for a user without a home.
-
-    XDG_CACHE_HOME goes before the home on Linux (XDG Base Directory Specification).
-    """
-    try:
-        folder = platformdirs.user_cache_path("ttt-video", appauthor=False) / "text"
-    except RuntimeError:  # platformdirs 4.10 and later; older ones leave "~" as it is
-        return None
-    return folder if folder.is_absolute() else None

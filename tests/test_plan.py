@@ -22,12 +22,13 @@ from ttt_video_engine.export.graphs.components import transformer_graph
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.planning.flops import text_encoder_flops, transformer_flops, vae_window_flops
-from ttt_video_engine.planning.shapes import ALIGNMENT, file_bytes, num_parameters, weight_shapes
+from ttt_video_engine.planning.shapes import file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import ConvCache, VaeDecoder
 from ttt_video_engine.runtime.bundle import GraphEntry, Manifest, encode_manifest, open_bundle
 from ttt_video_engine.runtime.config import ModelConfig, TTTKind
+from ttt_video_engine.runtime.dtypes import WEIGHT_ALIGNMENT
 from ttt_video_engine.runtime.presets import PRESETS, preset
 
 Run = Callable[..., tuple[int, str, str]]
@@ -69,7 +70,7 @@ def test_bytes_are_those_of_the_exported_files(shared_bundle: Path) -> None:
 
 def test_half_precision_is_half_but_for_the_padding() -> None:
     table = weight_shapes(preset("5B", "mlp"))["transformer"]
-    assert 0 <= file_bytes(table, "bfloat16") - 2 * num_parameters(table) < ALIGNMENT * len(table)
+    assert 0 <= file_bytes(table, "bfloat16") - 2 * num_parameters(table) < WEIGHT_ALIGNMENT * len(table)
     assert file_bytes(table, "float16") == file_bytes(table, "bfloat16")
 
 

@@ -43,11 +43,11 @@ from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
-from ttt_video_engine.export.engines import build_engines, profiles
+from ttt_video_engine.export.engines import EngineRequest, build_engines, profiles
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import component_graphs, text_encoder_graph, transformer_graph
-from ttt_video_engine.export.graphs.graph import TORCH_DTYPES, Graph
-from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.graphs.graph import Graph
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
@@ -214,7 +214,7 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     files = {**manifest.files, "transformer/model-3s.onnx": FileEntry("0" * 64, 1)}
     (tmp_path / "stage").mkdir()
     assert build_engines(
-        replace(manifest, files=files), tmp_path / "stage", bundle, (), BuildSettings(), lines.append, lambda *_: None
+        replace(manifest, files=files), tmp_path / "stage", bundle, EngineRequest(), lines.append, lambda *_: None
     )
     for said, gpu in zip(lines, ("sm_120", "sm_89"), strict=True):
         names(said, "transformer-3s", gpu, DROPPED, f"--gpu {gpu}")
@@ -232,7 +232,7 @@ def test_engines_of_a_stopped_export_are_not_built_again(
 
     def build() -> list[str]:
         lines: list[str] = []
-        assert build_engines(manifest, bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        assert build_engines(manifest, bundle, None, EngineRequest(("sm_89",)), lines.append, lambda *_: None)
         return [line for line in lines if not holds(line, ENGINE_WRITTEN)]
 
     def one_then_stop(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
@@ -264,7 +264,7 @@ def test_too_little_memory_to_build_is_said_before(shared_bundle: Path, monkeypa
     monkeypatch.setattr(exported_engines, "available_ram", lambda: 500 << 20)
     manifest = open_bundle(shared_bundle).manifest
     with pytest.raises(KeyboardInterrupt):
-        build_engines(manifest, shared_bundle, None, ("sm_89",), BuildSettings(), lines.append, lambda *_: None)
+        build_engines(manifest, shared_bundle, None, EngineRequest(("sm_89",)), lines.append, lambda *_: None)
     said, warning = lines
     names(said, "text_encoder", "sm_89", NEW)
     assert warning.startswith(WARNING)

@@ -11,7 +11,8 @@ import pytest
 
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
 from ttt_video_engine.runtime.errors import BundleError
-from ttt_video_engine.runtime.text_cache import TextCache, default_folder
+from ttt_video_engine.runtime.text_cache import TextCache
+from ttt_video_engine.runtime.user_cache import cache_folder
 
 Run = Callable[..., tuple[int, str, str]]
 IDS = np.array([5, 6, 7])
@@ -142,10 +143,10 @@ def test_an_entry_that_was_altered_is_encoded_again(
 
 def test_the_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "ttt-video" / "text"
+    assert cache_folder("text") == tmp_path / "ttt-video" / "text"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home/.cache/ttt-video/text"
+    assert cache_folder("text") == tmp_path / "home/.cache/ttt-video/text"
 
 
 def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert default_folder() is None
+    assert cache_folder("text") is None
     cache = TextCache(None, "an encoder")
     cache.put(IDS, EMBEDDING)
     assert cache.get(IDS) is None

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ttt_video_engine.export.graphs import journal, weights
 from ttt_video_engine.export.graphs.weights import lay_out, write_weights
-from ttt_video_engine.planning.shapes import ALIGNMENT
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor, lazy_state
+from ttt_video_engine.runtime.dtypes import WEIGHT_ALIGNMENT
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
 
 TENSORS = {f"layer.{i}": torch.randn(40, 60 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)}
+SHARED, EMBED = "t5.shared.weight", "t5.encoder.embed_tokens.weight"
 KEY = {"origin": "a checkpoint"}
 
 
@@ -53,15 +54,15 @@ def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> Non
     write(state, tmp_path / "weights", dtype=dtype)
     content = (tmp_path / "weights").read_bytes()
     for name, (offset, length) in lay_out(state, tmp_path / "weights", dtype).places.items():
-        assert offset % ALIGNMENT == 0
+        assert offset % WEIGHT_ALIGNMENT == 0
         found = torch.frombuffer(bytearray(content[offset : offset + length]), dtype=dtype)
         assert torch.equal(found.view(TENSORS[name].shape), TENSORS[name].to(dtype))
 
 
 def test_names_of_one_tensor_share_a_place(tmp_path: Path) -> None:
-    state = lazy_state({"shared": TENSORS["layer.0"], "other": TENSORS["layer.1"], "embed_tokens": TENSORS["layer.0"]})
+    state = lazy_state({SHARED: TENSORS["layer.0"], "other": TENSORS["layer.1"], EMBED: TENSORS["layer.0"]})
     places = lay_out(state, tmp_path / "weights", torch.float32).places
-    assert places["shared"] == places["embed_tokens"] != places["other"]
+    assert places[SHARED] == places[EMBED] != places["other"]
 
 
 @pytest.mark.parametrize("stop", ["layer.1", "layer.4", "layer.7"])

@@ -4,6 +4,7 @@ TensorRT deserialises an engine only on a GPU, and trusts its content. The JSON 
 before.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,16 @@ def entry_path(engine: Path) -> Path:
 
 def list_engines(bundle: Path) -> list[EngineFile]:
     """All engines of a bundle, in order of name. Raises BackendError with the path of a JSON that cannot be read."""
-    return [_read(path) for path in sorted((bundle / FOLDER).glob(f"*{SUFFIX}.json"))]
+    return [_read(path) for path in _entry_paths(bundle)]
+
+
+def readable_engines(bundle: Path) -> list[EngineFile]:
+    """As `list_engines`, without those whose JSON cannot be read."""
+    engines = []
+    for path in _entry_paths(bundle):
+        with suppress(BackendError):
+            engines.append(_read(path))
+    return engines
 
 
 def find_engine(bundle: Path, graph: str, gpu: str) -> EngineFile:
@@ -113,6 +123,10 @@ def find_engine(bundle: Path, graph: str, gpu: str) -> EngineFile:
             return engine
     others = ", ".join(sorted({engine.entry.gpu for engine in engines})) or "no GPU"
     raise BackendError(f"{bundle}: {graph} is built for {others}, not for {gpu}; {export_for_gpu(gpu)}")
+
+
+def _entry_paths(bundle: Path) -> list[Path]:
+    return sorted((bundle / FOLDER).glob(f"*{SUFFIX}.json"))
 
 
 def _read(path: Path) -> EngineFile:

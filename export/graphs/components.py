@@ -4,7 +4,7 @@ Latents, embeddings and frames are float32, whatever precision a component compu
 dtype. The VAE's caches, which only the VAE reads, have the component's own dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ttt_video_engine.export.graphs.graph import Graph, Input
+from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
+from ttt_video_engine.reference.initialise import on_meta_device
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import CausalConv3d, ConvCache, VaeDecoder
@@ -39,6 +41,13 @@ def component_graphs(
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
     raise TypeError(f"{type(module).__name__} is not a component")
+
+
+def graph_weights(build: Callable[[], nn.Module], weights: LazyStateDict, model: ModelConfig) -> LazyStateDict:
+    """Weights of a component by the names that its graphs have for them: those of a wrapper around its module."""
+    module = on_meta_device(build)
+    wrapper = component_graphs(module, model, list(model.text_lengths)[:1])[0].module
+    return {name: weights[name.partition(".")[2]] for name in wrapper.state_dict()}
 
 
 def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:

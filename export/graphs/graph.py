@@ -18,16 +18,10 @@ from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, rep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
-from ttt_video_engine.runtime.dtypes import DType, TensorDType
+from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.ttt_op import DOMAIN
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 OPSET = 20
 """Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from ttt_video_engine.runtime.files import atomic_write
+from ttt_video_engine.runtime.files import atomic_write, writing
 
 _CHUNK = 16 << 20
 
@@ -24,6 +24,7 @@ class Journal:
 
     def __init__(self, path: Path, key: dict[str, str]) -> None:
         self.path = journal_of(path)
+        self._file = path
         self._key = key
 
     def resume(self, out: BinaryIO) -> tuple["hashlib._Hash", int]:
@@ -41,9 +42,13 @@ class Journal:
         return digest, end
 
     def note(self, out: BinaryIO, end: int, sha256: str) -> None:
-        """Notes `end`, once what is before it is on the disk. The system need not keep that in memory any longer."""
-        out.flush()
-        os.fsync(out.fileno())
+        """Notes `end`, once what is before it is on the disk. The system need not keep that in memory any longer.
+
+        Raises OutputError where the disk fails.
+        """
+        with writing(self._file):
+            out.flush()
+            os.fsync(out.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(out.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
         with atomic_write(self.path) as partial:

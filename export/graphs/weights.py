@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ttt_video_engine.export.graphs.journal import Journal
-from ttt_video_engine.planning.shapes import ALIGNMENT
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor, lazy_state
 from ttt_video_engine.runtime.bundle import FileEntry
+from ttt_video_engine.runtime.dtypes import WEIGHT_ALIGNMENT, DType
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+_TIED = {"t5.encoder.embed_tokens.weight": "t5.shared.weight"}
+"""Second name of a tensor → first, at the end of its name in a graph: only T5's embedding has two."""
 
 NOTE_EVERY = 256 << 20
 """Bytes; what a kill or a power cut can lose of a file."""
@@ -54,17 +63,17 @@ class WeightFile:
 
 
 def lay_out(weights: LazyStateDict, path: Path, dtype: torch.dtype) -> WeightFile:
-    """Gives every tensor a place, in the order given; names of one tensor share it. Depends on shapes alone."""
+    """Gives every tensor a place, in the order given; tied names share one. Depends on names and shapes alone."""
     places: dict[str, ByteRange] = {}
-    shared: dict[int, ByteRange] = {}
     end = 0
     for name, stored in weights.items():
-        if id(stored) not in shared:
-            offset = end + -end % ALIGNMENT
-            shared[id(stored)] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
-            end = sum(shared[id(stored)])
-        places[name] = shared[id(stored)]
-    return WeightFile(path, places)
+        first = _first_name(name)
+        if first not in places:
+            offset = end + -end % WEIGHT_ALIGNMENT
+            places[first] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
+            end = sum(places[first])
+        places[name] = places[first]
+    return WeightFile(path, {name: places[name] for name in weights})
 
 
 def write_weights(
@@ -113,6 +122,13 @@ def write_module(module: nn.Module, path: Path) -> WeightFile:
     file = lay_out(weights, path, dtype)
     write_weights(weights, file, dtype, {})
     return file
+
+
+def _first_name(name: str) -> str:
+    for second, first in _TIED.items():
+        if name.endswith(second):
+            return name.removesuffix(second) + first
+    return name
 
 
 def _in_order(weights: LazyStateDict, file: WeightFile) -> Iterator[tuple[str, LazyTensor, ByteRange]]:

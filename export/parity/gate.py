@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
 from ttt_video_engine.export.graphs.components import component_graphs
-from ttt_video_engine.export.graphs.graph import TORCH_DTYPES, Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.graph import Graph, read_signature, save, trace
 from ttt_video_engine.export.graphs.upcast import upcast_bfloat16
-from ttt_video_engine.export.graphs.weights import WeightFile
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, WeightFile
 from ttt_video_engine.export.parity.real_text import real_prompts
 from ttt_video_engine.export.parity.shrink import describe_subset, full_weight_name, shrink_component, shrink_config
 from ttt_video_engine.export.sources.source import Component

@@ -49,12 +49,8 @@ class Component(Generic[M_co]):
     def load(self) -> M_co:
         """The module in float32, ready for inference."""
         module = self.build().eval().requires_grad_(False)
-        read: set[tuple[int, int]] = set()  # names of one tensor need it once
-        for name, value in module.state_dict().items():
-            stored = self.weights[name]
-            if (value.data_ptr(), id(stored)) not in read:
-                read.add((value.data_ptr(), id(stored)))
-                value.copy_(stored.read())
+        for name, value in module.named_parameters():  # a weight of two names comes once
+            value.copy_(self.weights[name].read())
         return module
 
 

@@ -18,7 +18,7 @@ class LazyTensor:
 
 
 LazyStateDict = dict[str, LazyTensor]
-"""Tensors by name. Two names of one tensor have the same LazyTensor."""
+"""Tensors by name."""
 
 
 def in_memory(tensor: Tensor) -> LazyTensor:
@@ -27,11 +27,8 @@ def in_memory(tensor: Tensor) -> LazyTensor:
 
 
 def lazy_state(tensors: Mapping[str, Tensor]) -> LazyStateDict:
-    """Describes tensors that are in memory already. Names of one tensor share an entry."""
-    entries: dict[tuple[int, torch.Size], LazyTensor] = {}
-    return {
-        name: entries.setdefault((value.data_ptr(), value.shape), in_memory(value)) for name, value in tensors.items()
-    }
+    """Describes tensors that are in memory already."""
+    return {name: in_memory(value) for name, value in tensors.items()}
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can run graphs here, and the choice of ONNX Runtime's provider."""
+"""`ttt-video devices`, and the choice of ONNX Runtime's provider."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load_package.cache_clear()
     reasons = {backend.name: backend.reason for backend in found.backends}
     assert found.gpus == ()
-    names(found.no_gpu, "cuda-bindings", "pip install 'ttt-video-engine[tensorrt]'")
+    names(found.no_gpu, "cuda-core", "pip install 'ttt-video-engine[tensorrt]'")
     names(reasons["tensorrt"], "tensorrt", "pip install tensorrt")
     names(reasons["tensorrt_rtx"], "tensorrt_rtx", "pip install tensorrt-rtx")
     assert reasons["onnxruntime cpu"] == ""
@@ -74,9 +74,7 @@ def test_the_gpu_of_this_machine() -> None:
 @pytest.mark.parametrize(
     ("provider", "missing"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
 )
-def test_a_provider_that_is_not_there(
-    run: Run, shared_bundle: Path, tmp_path: Path, provider: str, missing: str
-) -> None:
+def test_a_missing_provider(run: Run, shared_bundle: Path, tmp_path: Path, provider: str, missing: str) -> None:
     board = tmp_path / "bear.json"
     board.write_text('[{"text": "A bear."}]')
     out = tmp_path / "out"

@@ -37,7 +37,7 @@ from ttt_video_engine.runtime.callbacks import Progress, Report
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
-from ttt_video_engine.runtime.files import check_replaceable, check_space, sha256_of, writing
+from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
@@ -77,7 +77,7 @@ def export_bundle(
     check_gpus(extras.engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
-    output = check_replaceable(output)
+    output = replaceable_path(output)
     components = components_of(source)
     with writing(output), export_lock(output):
         previous = _previous(output)

@@ -219,7 +219,7 @@ def test_the_advice_is_the_cheapest_and_can_be_typed(
     ("free", "values", "cure"),
     [(32 << 30, ["32.00 GiB"], False), (22 << 30, ["22.00 GiB"], True), (None, [], False)],
 )
-def test_whether_plans_can_be_built_here(
+def test_whether_engines_can_be_built_here(
     run: Run, monkeypatch: pytest.MonkeyPatch, free: int | None, values: list[str], cure: bool
 ) -> None:
     monkeypatch.setattr("ttt_video_engine.commands.plan.available_ram", lambda: free)

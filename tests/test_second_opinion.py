@@ -25,7 +25,7 @@ from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, Bundle, open_bundle
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import tiny
-from ttt_video_engine.runtime.runner import AnyArray, Array
+from ttt_video_engine.runtime.runner import Array, HostOrDeviceArray
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -54,7 +54,7 @@ def change_outputs(monkeypatch: pytest.MonkeyPatch, output: str, change: Callabl
     """From here on, our runner gives a changed `output` wherever a graph has it."""
     run = OnnxRuntimeRunner.run
 
-    def changed(runner: OnnxRuntimeRunner, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
+    def changed(runner: OnnxRuntimeRunner, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, Array]:
         return {name: change(value) if name == output else value for name, value in run(runner, inputs).items()}
 
     monkeypatch.setattr(OnnxRuntimeRunner, "run", changed)

@@ -102,7 +102,7 @@ class Gate:
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
         part = _named(graph.name, component_graphs(module, self._subset_model, [graph.length]))
         places = {
-            name: weights.places[full_weight_name(graph.component, name, self._subset_model, self.model)]
+            name: weights.ranges[full_weight_name(graph.component, name, self._subset_model, self.model)]
             for name in part.module.state_dict()
         }
         target = path.with_name(f".part.{path.name}")

@@ -107,7 +107,7 @@ _PROLOGUE = """
     go_on = Constant <value = bool {1}> ()
 """
 
-# One mini-batch: the backward pass of LayerNorm, from z [B, H, C, F], the output of the inner model for k, to `projected`.
+# One mini-batch: the backward pass of LayerNorm, from z [B, H, C, F], the inner output for k, to `projected`.
 # The step is `projected` times the learning rate of the token over std. TensorRT's parser does not support
 # LayerNormalization with more than one output, so the standard deviation is computed here.
 _INNER_GRADIENT = """

@@ -84,7 +84,7 @@ def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
-    """Pieces with their log probabilities: printable ASCII, the other characters of the prose, its most frequent merges.
+    """Pieces with their log probabilities: printable ASCII, the prose's other characters, its most frequent merges.
 
     Returns `count` pieces: fewer if the prose has no more merges, more if it has too many distinct characters.
     """

@@ -215,7 +215,7 @@ class _Build:
         return file, entry
 
     def _layout(self, name: str) -> tuple[WeightFile, LazyStateDict]:
-        """Where each weight of a component lies in its weight file, and the weights themselves."""
+        """The layout of a component's weight file, and the weights."""
         component = self.components[name]
         weights = graph_weights(component.build, component.weights, self.source.model)
         path = self.stage.root / name / WEIGHTS_FILE
@@ -231,7 +231,9 @@ class _Build:
         save(trace(graph), path, weights, graph.ttt, inline=graph.inline)
         part = self._gate.part(graph.component)
         if part:
-            self.report(f"{graph.name}: too large to run here; parity is checked on {part}, with their own weights")
+            self.report(
+                f"{graph.name}: too large to run here; {part} are compared with the reference, with their own weights"
+            )
         parity = self._gate.check(graph, path, weights)
         worst = max(parity, key=lambda check: check.max_error)
         self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.0e} allowed ({worst.inputs})")

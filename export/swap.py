@@ -68,7 +68,7 @@ def replace_bundle(stage: Path, output: Path) -> None:
 
 
 def finish_replacement(output: Path) -> None:
-    """Finishes a replacement that was interrupted: restores the old bundle, or removes it where the new one is there.
+    """Finishes a replacement that was interrupted: restores the old bundle, or removes it if the new one is in place.
 
     Raises OutputError if the folder for the old bundle exists and holds anything else.
     """

@@ -137,7 +137,7 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
 
 
 def read_signature(path: Path) -> Signature:
-    """Inputs and outputs of an ONNX file. Raises BackendError for a dtype that no engine takes."""
+    """Inputs and outputs of an ONNX file. Raises BackendError for an unsupported dtype."""
     graph = onnx.load(path, load_external_data=False).graph
     inputs, outputs = (tuple(_spec(path, value) for value in values) for values in (graph.input, graph.output))
     return inputs, outputs

@@ -72,7 +72,7 @@ def _check_complete(folder: Path, name: str, stored: StoredTensor, chunks: list[
     for chunk in chunks:
         size = prod(chunk.shape) * stored.dtype.itemsize
         if chunk.location.length < size:
-            found = f"has {chunk.location.length:,} bytes for a chunk of {name!r} that takes {size:,}"
+            found = f"has {chunk.location.length:,} bytes for a chunk of {name!r}; must have {size:,}"
             raise CheckpointError(f"{folder / chunk.location.file}: {found}; {FETCH_AGAIN}")
     if _overlap(chunks):
         raise CheckpointError(f"{folder / TABLE}: two chunks of {name!r} hold the same values; {FETCH_AGAIN}")
@@ -113,6 +113,8 @@ def _read_chunk(folder: Path, name: str, stored: StoredTensor, chunk: Chunk) -> 
         raise CheckpointError(f"{path}: has a {type(found).__name__} for a chunk of {name!r}; {FETCH_AGAIN}")
     check_dense(found, path, name)
     if found.shape != chunk.shape or found.dtype != stored.dtype:
-        described = f"shape {list(found.shape)} and {found.dtype}; {TABLE} says {list(chunk.shape)} and {stored.dtype}"
+        described = (
+            f"shape {list(found.shape)} and {found.dtype}; {TABLE} states {list(chunk.shape)} and {stored.dtype}"
+        )
         raise CheckpointError(f"{path}: a chunk of {name!r} has {described}; {FETCH_AGAIN}")
     return found.detach()

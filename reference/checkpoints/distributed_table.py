@@ -123,7 +123,7 @@ def _tensor(name: str, entry: TensorStorageMetadata, locations: dict[tuple[int, 
         if not _are_sizes(start + sizes) or not len(start) == len(sizes) == len(shape):
             raise ValueError(f"a chunk of {name!r} starts at {start} and has shape {sizes}")
         if any(first + size > end for first, size, end in zip(start, sizes, shape, strict=True)):
-            raise ValueError(f"a chunk of {name!r} from {start} on, of shape {sizes}, lies outside of {shape}")
+            raise ValueError(f"a chunk of {name!r} at {start} with shape {sizes} is outside {shape}")
         location = locations.get(start, None if any(start) else locations.get(None))
         if location is not None:
             chunks.append(Chunk(start, sizes, location))

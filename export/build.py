@@ -232,7 +232,7 @@ class _Build:
         part = self._gate.part(graph.component)
         if part:
             self.report(
-                f"{graph.name}: too large to run here; {part} are compared with the reference, with their own weights"
+                f"{graph.name}: too large to run here; a subset with its weights is compared with the reference: {part}"
             )
         parity = self._gate.check(graph, path, weights)
         worst = max(parity, key=lambda check: check.max_error)

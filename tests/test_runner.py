@@ -117,13 +117,13 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
 
 @without_gpu
 def test_without_a_driver_one_line_says_so(refused: Callable[..., str]) -> None:
-    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("cuda.core")
     names(refused("--engine", "tensorrt"), "NVIDIA", "--engine onnxruntime")
 
 
-def test_without_cuda_bindings_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    names(refused("--engine", "tensorrt"), "cuda-bindings", "pip install 'ttt-video-engine[tensorrt]'")
+def test_without_cuda_core_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    names(refused("--engine", "tensorrt"), "cuda-core", "pip install 'ttt-video-engine[tensorrt]'")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from polygraphy.comparator import RunResults
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
-from ttt_video_engine.export.build import Extras, export_bundle
+from ttt_video_engine.export.build import ExportOptions, export_bundle
 from ttt_video_engine.export.engines import EngineRequest
 from ttt_video_engine.export.parity import second_opinion
 from ttt_video_engine.export.parity.gate import TOLERANCES
@@ -129,7 +129,12 @@ def test_an_engine_for_this_gpu_is_compared_as_well(
 def test_engines_agree(bundle: Path, tmp_path: Path) -> None:
     gpu = cuda.device().gpu
     opened = export_bundle(
-        SeededSource(tiny("linear"), 0), bundle, ["3s"], "float32", lambda line: None, Extras(EngineRequest((gpu,)))
+        SeededSource(tiny("linear"), 0),
+        bundle,
+        ["3s"],
+        "float32",
+        lambda line: None,
+        ExportOptions(EngineRequest((gpu,))),
     )
     opinions = list(second_opinion.second_opinions(opened, tmp_path))
     assert [(o.graph, o.passed) for o in opinions if o.runner == "tensorrt"] == [(graph, True) for graph in GRAPHS]

@@ -27,7 +27,7 @@ def main(source: str, target: str) -> None:
         inputs = load_file(source)
         batch, heads, num_mini_batches, mini_batch_size, head_dim = inputs["XQ"].shape
         out = torch.full_like(inputs["XQ"], float("nan"))
-        # The interpreter is wrong in products of anything but float32, without a word.
+        # The interpreter silently computes wrong products of anything but float32.
         sizes = {"C": mini_batch_size, "F": head_dim, "PRECISION": "ieee"}
         tensors = [inputs[name] for name in INPUTS[cast(TTTKind, op)]]
         KERNELS[op][(batch * heads,)](*tensors, out, heads, num_mini_batches, **sizes)

@@ -1,4 +1,4 @@
-"""Random weights: made when they are read, a component at a time, and let go once they are written."""
+"""Random weights: made when they are read, one component at a time, and freed once they are written."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Weight files: laid out once, written a tensor at a time, gone on with after a kill, held to what they were to be."""
+"""Weight files: laid out once, written one tensor at a time, resumed after a kill, verified by digest."""
 
 import math
 from pathlib import Path

@@ -45,6 +45,10 @@ class OutputError(TTTVideoError):
     """A place that cannot be written: it exists already, or the disk is full."""
 
 
+class StateError(TTTVideoError):
+    """What an earlier run kept is missing, damaged, too new, or not for what is asked of it."""
+
+
 class CheckFailed(TTTVideoError):
     """A check that ran and did not hold, such as parity over tolerance."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
@@ -157,6 +158,7 @@ def _encode(
     num_frames = 0
     with av.open(growing, "w", format="mp4", options=_GROWING) as container:
         stream = container.add_stream(encoder.name, rate=frame_rate(video_format.fps), options=options)
+        assert isinstance(stream, VideoStream)
         _configure(stream.codec_context, encoder, width, height)
         os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 prints its settings otherwise
         try:
@@ -182,7 +184,7 @@ def _encode(
 def _copy_packets(growing: BinaryIO, finished: Path) -> None:
     """The same packets in a file with one index, from time 0."""
     growing.seek(0)
-    with av.open(growing) as source, av.open(finished, "w", format="mp4", options=_FINISHED) as container:
+    with av.open(growing, "r") as source, av.open(finished, "w", format="mp4", options=_FINISHED) as container:
         stream = source.streams.video[0]
         copy = container.add_stream_from_template(stream, opaque=True)
         copy.codec_context.codec_tag = stream.codec_context.codec_tag

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ttt_video_engine.runtime.bundle import Bundle, latent_shape
 from ttt_video_engine.runtime.errors import OutputError, StateError, printable
@@ -16,8 +18,7 @@ from ttt_video_engine.runtime.files import atomic_write
 
 LATENTS = "latents.safetensors"
 FORMAT_VERSION = 1
-_TENSOR = "latents"
-_METADATA = ("format_version", "bundle_sha256", "length", "sha256")
+_TENSOR, _METADATA = "latents", "ttt_video_latents"
 _AGAIN = "render the video again"
 
 Floats = NDArray[np.float32]
@@ -32,6 +33,19 @@ class Latents:
     bundle_sha256: str
 
 
+class _Version(Struct):
+    format_version: int
+
+
+class _Metadata(Struct, frozen=True, forbid_unknown_fields=True):
+    """JSON under one key, as safetensors writes several in another order every time. `sha256` is that of the values."""
+
+    format_version: int
+    bundle_sha256: str
+    length: str
+    sha256: str
+
+
 def write_latents(target: Path, latents: Latents) -> None:
     """Writes latents; `target` appears when it is complete.
 
@@ -43,9 +57,9 @@ def write_latents(target: Path, latents: Latents) -> None:
         raise OutputError(
             f"{target}: the latents have {bad} values of {values.size}; use a wider dtype, such as float32"
         )
-    metadata = (str(FORMAT_VERSION), latents.bundle_sha256, latents.length, _digest(values))
+    metadata = _Metadata(FORMAT_VERSION, latents.bundle_sha256, latents.length, _digest(values))
     with atomic_write(target) as partial:
-        save_file({_TENSOR: values}, partial, dict(zip(_METADATA, metadata, strict=True)))
+        partial.write_bytes(save({_TENSOR: values}, {_METADATA: msgspec.json.encode(metadata).decode()}))
 
 
 def read_latents(path: Path, bundle: Bundle) -> Latents:
@@ -58,35 +72,37 @@ def read_latents(path: Path, bundle: Bundle) -> Latents:
         raise StateError(f"{path}: is missing or no file; name the folder of a render that is denoised")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = _check_metadata(path, file.metadata() or {})
-            digest, length, sha256 = (metadata[name] for name in _METADATA[1:])
-            if digest != bundle.sha256:
+            metadata = _read_metadata(path, file.metadata() or {})
+            if metadata.bundle_sha256 != bundle.sha256:
                 raise StateError(
-                    f"{path}: was made with bundle {printable(digest)}, {bundle.root} is {bundle.sha256}; "
-                    "name the bundle that made it"
+                    f"{path}: was made with bundle {printable(metadata.bundle_sha256)}, {bundle.root} is "
+                    f"{bundle.sha256}; name the bundle that made it"
                 )
-            _check_tensor(path, file, bundle, length)
+            _check_tensor(path, file, bundle, metadata.length)
             values: Floats = file.get_tensor(_TENSOR)
     except (SafetensorError, OSError) as error:
         raise StateError(f"{path}: is damaged ({printable(str(error))}); {_AGAIN}") from error
-    if _digest(values) != sha256:
+    if _digest(values) != metadata.sha256:
         raise StateError(f"{path}: is damaged (its values are not those that were written); {_AGAIN}")
     if not np.isfinite(values).all():
         raise StateError(f"{path}: is damaged (it has NaN or infinite values); {_AGAIN}")
-    return Latents(values, length, digest)
+    return Latents(values, metadata.length, metadata.bundle_sha256)
 
 
-def _check_metadata(path: Path, metadata: dict[str, str]) -> dict[str, str]:
-    for name in _METADATA:
-        if name not in metadata:
-            raise StateError(f"{path}: is no file of latents ({name} is missing in its metadata); {_AGAIN}")
-    version = metadata["format_version"]
-    if version != str(FORMAT_VERSION):
-        raise StateError(
-            f"{path}: format_version is {printable(version)}, this program reads {FORMAT_VERSION}; "
-            f"update ttt-video-engine or {_AGAIN}"
-        )
-    return metadata
+def _read_metadata(path: Path, entries: dict[str, str]) -> _Metadata:
+    try:
+        content = entries[_METADATA]
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise StateError(
+                f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}; "
+                f"update ttt-video-engine or {_AGAIN}"
+            )
+        return msgspec.json.decode(content, type=_Metadata)
+    except KeyError:
+        raise StateError(f"{path}: is no file of latents ({_METADATA} is not in its metadata); {_AGAIN}") from None
+    except msgspec.DecodeError as error:
+        raise StateError(f"{path}: {_METADATA}: {error}; {_AGAIN}") from error
 
 
 def _check_tensor(path: Path, file: safe_open, bundle: Bundle, length: str) -> None:

@@ -72,7 +72,7 @@ _ENCODERS: dict[Codec, _Encoder] = {
 }
 _THREADS = 4
 # A header without frames, then each frame with its own index, in the file as soon as it is encoded.
-_GROWING = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+_GROWING = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
 # The index goes in front of the frames, so that a player can start before it has the whole file.
 _FINISHED = {"movflags": "+faststart"}
 

@@ -139,8 +139,13 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     target, frames = tmp_path / "video.mp4", moving(9)
     write(target, frames, VideoFormat())
     clean = target.read_bytes()
-    partial_path(target).write_bytes(b"\xff" * 1_000_000)
-    write(target, frames, VideoFormat())
+    partial_path(target).write_bytes(clean * 100)
+
+    def windows() -> Iterator[Frames]:
+        yield frames
+        assert partial_path(target).stat().st_size < 100 * len(clean)
+
+    write_video(target, windows(), VideoFormat(), width=WIDTH, height=HEIGHT)
     assert target.read_bytes() == clean
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 

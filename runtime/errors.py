@@ -45,6 +45,10 @@ class OutputError(TTTVideoError):
     """A file or folder that cannot be written: it exists already, or the disk is full."""
 
 
+class StateError(TTTVideoError):
+    """What an earlier run kept is missing, damaged, too new, or not for what is asked of it."""
+
+
 class CheckFailed(TTTVideoError):
     """A check that failed, such as a parity error above the tolerance."""
 

@@ -1,58 +1,132 @@
-"""Decoded frames into an mp4 that any browser plays, a few at a time."""
+"""Decoded frames into an mp4, a few at a time, which a player can watch as it grows.
 
-from collections.abc import Iterable
+The frames go to `video.partial.mp4` beside `video.mp4`, in fragments that each can be played without what follows. When
+the last one is there, the packets move unchanged to an ordinary file with its index in front, which takes the name.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import atomic_write
 
+Codec = Literal["h264", "hevc", "av1"]
+
 MIN_FPS, MAX_FPS = 1, 240
-# The same frames must give the same bytes. x264 writes others for another number of threads, and would take as many as
-# the machine has; and its AVX-512 code for macroblock trees gives others from run to run, even with one thread.
-ENCODER_THREADS = 4
-ENCODER_OPTIONS = {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """An encoder of FFmpeg, the CRF it has by default and the largest it takes, its other options, its tag in mp4."""
+
+    name: str
+    crf: int
+    max_crf: int
+    options: dict[str, str]
+    tag: str
+
+
+# The same frames must give the same bytes, so that nothing may depend on the number of processors. At these CRFs the
+# codecs come within 1.3 dB of one another on the same frames; HEVC and AV1 take some 20 to 50 % of the bytes of H.264.
+#
+# x264 is transparent at CRF 18. It writes other bytes for another number of threads; and its AVX-512 code for
+# macroblock trees gives others from run to run, even with one thread. Without these trees, looking ahead only chooses
+# B-frames: a fixed pattern takes 1 % more bytes and shows a frame 8 frames after it came, not 12.
+#
+# x265: more frame threads than one, and slices in its look-ahead, would follow the number of processors. Apple's
+# players want hvc1, the default is hev1.
+#
+# SVT-AV1 has a scale of its own, up to 63. It gives the same bytes for every `lp`, which is its number of threads;
+# groups of 8 frames, not 32, show frames sooner.
+_ENCODERS: dict[Codec, _Encoder] = {
+    "h264": _Encoder(
+        "libx264",
+        18,
+        51,
+        {"preset": "medium", "x264-params": "mbtree=0:rc-lookahead=0:sync-lookahead=0:b-adapt=0"},
+        "avc1",
+    ),
+    "hevc": _Encoder(
+        "libx265",
+        20,
+        51,
+        {"preset": "medium", "x265-params": "log-level=error:info=0:pools=4:frame-threads=1:lookahead-slices=0"},
+        "hvc1",
+    ),
+    "av1": _Encoder(
+        "libsvtav1", 30, 63, {"preset": "8", "svtav1-params": "lp=2:hierarchical-levels=3:lookahead=0"}, "av01"
+    ),
+}
+_THREADS = 4  # of x264
+# A header without frames, then each frame with its own index, in the file as soon as it is encoded.
+_GROWING = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
 # The index goes in front of the frames, so that a player can start before it has the whole file.
-CONTAINER_OPTIONS = {"movflags": "+faststart"}
+_FINISHED = {"movflags": "+faststart"}
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """Frames per second, quality (a lower CRF is better and larger; None is the codec's default) and codec of an mp4.
+
+    Raises ConfigError for fps outside 1 … 240 or a CRF that the codec does not have.
+    """
+
+    fps: float | Fraction = 16
+    crf: int | None = None
+    codec: Codec = "h264"
+
+    def __post_init__(self) -> None:
+        frame_rate(self.fps)
+        # 0 is left out: it is lossless in H.264, in a profile that browsers do not play, and means "unset" in AV1.
+        top = _ENCODERS[self.codec].max_crf
+        if self.crf is not None and not 1 <= self.crf <= top:
+            raise ConfigError(f"crf is {self.crf!r}: must lie in 1 … {top} for {self.codec}")
+
+
+def partial_path(target: Path) -> Path:
+    """Where a video is while it grows: `video.partial.mp4` for `video.mp4`."""
+    return target.with_name(f"{target.stem}.partial{target.suffix}")
 
 
 def write_mp4(
     target: Path, windows: Iterable[NDArray[np.uint8]], *, width: int, height: int, fps: float | Fraction
 ) -> int:
-    """Encodes windows of RGB frames, uint8 [T, height, width, 3], as H.264 and returns the number of frames written.
+    """As `write_video`, in H.264 at its default quality."""
+    return write_video(target, windows, VideoFormat(fps), width=width, height=height)
 
-    One window is held at a time. `target` appears when it is complete, replacing what was there; the same frames give
-    the same bytes. Raises ConfigError for fps outside 1 … 240, an odd size, or a window of another size; OutputError
-    where the disk is full or no frames came.
+
+def write_video(
+    target: Path, windows: Iterable[NDArray[np.uint8]], video_format: VideoFormat, *, width: int, height: int
+) -> int:
+    """Encodes windows of RGB frames, uint8 [T, height, width, 3], and returns the number of frames written.
+
+    One window is held at a time. Until the last one, what was encoded can be played from `partial_path(target)`, which
+    goes when this ends, however it ends. `target` appears when it is complete, replacing what was there; the same
+    frames give the same bytes. Raises ConfigError for a size that the codec cannot hold, or a window of another size;
+    OutputError where the disk is full, another process writes the same video, or no frames came.
     """
-    rate = frame_rate(fps)
     for name, pixels in (("width", width), ("height", height)):
         if pixels <= 0 or pixels % 2:
-            raise ConfigError(f"{name} is {pixels!r}: must be even and positive, as H.264 stores colour at half size")
-    num_frames = 0
-    with (
-        atomic_write(target) as partial,
-        av.open(partial, "w", format="mp4", options=CONTAINER_OPTIONS) as container,
-    ):
-        stream = container.add_stream("libx264", rate=rate, options=ENCODER_OPTIONS)
-        _configure(stream.codec_context, width, height)
-        for window in windows:
-            if window.dtype != np.uint8 or window.ndim != 4 or window.shape[1:] != (height, width, 3):
-                found = f"{window.dtype} {list(window.shape)}"
-                raise ConfigError(f"window of frames is {found}: must be uint8 [T, {height}, {width}, 3]")
-            for pixels in window:
-                container.mux(stream.encode(_to_yuv(pixels)))
-            num_frames += len(window)
+            raise ConfigError(f"{name} is {pixels!r}: must be even and positive, as colour is stored at half size")
+    with atomic_write(target) as finished, _growing_file(target) as growing:
+        num_frames = _encode(growing, windows, video_format, width, height)
         if num_frames == 0:
             raise OutputError(f"{target}: there are no frames to write; decode at least one")
-        container.mux(stream.encode(None))
+        _copy_packets(growing, finished)
     return num_frames
 
 
@@ -76,9 +150,71 @@ def to_frames(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray((255 * unit).astype(np.uint8).transpose(1, 2, 3, 0))
 
 
-def _configure(codec: VideoCodecContext, width: int, height: int) -> None:
-    codec.width, codec.height, codec.pix_fmt = width, height, "yuv420p"
-    codec.thread_count, codec.thread_type = ENCODER_THREADS, "FRAME"
+def _encode(
+    growing: BinaryIO, windows: Iterable[NDArray[np.uint8]], video_format: VideoFormat, width: int, height: int
+) -> int:
+    """Writes frames to a file that can be played at any time, and returns their number."""
+    encoder = _ENCODERS[video_format.codec]
+    options = {"crf": str(video_format.crf or encoder.crf), **encoder.options}
+    num_frames = 0
+    with av.open(growing, "w", format="mp4", options=_GROWING) as container:
+        stream = container.add_stream(encoder.name, rate=frame_rate(video_format.fps), options=options)
+        assert isinstance(stream, VideoStream)
+        _configure(stream.codec_context, encoder, width, height)
+        os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 prints its settings otherwise
+        try:
+            stream.codec_context.open()
+        except av.FFmpegError as error:
+            raise ConfigError(f"{video_format.codec} takes no {width} x {height} pixels; use another codec") from error
+        container.start_encoding()
+        growing.flush()
+        for window in windows:
+            if window.dtype != np.uint8 or window.ndim != 4 or window.shape[1:] != (height, width, 3):
+                found = f"{window.dtype} {list(window.shape)}"
+                raise ConfigError(f"window of frames is {found}: must be uint8 [T, {height}, {width}, 3]")
+            for pixels in window:
+                container.mux(stream.encode(_to_yuv(pixels)))
+            growing.flush()
+            num_frames += len(window)
+        container.mux(stream.encode(None))
+    return num_frames
+
+
+def _copy_packets(growing: BinaryIO, finished: Path) -> None:
+    """The same packets in a file with one index, from time 0."""
+    growing.seek(0)
+    with av.open(growing, "r") as source, av.open(finished, "w", format="mp4", options=_FINISHED) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream, opaque=True)
+        copy.codec_context.codec_tag = stream.codec_context.codec_tag
+        start = stream.start_time or 0  # fragments have no edit list, so that B-frames delay the first frame
+        for packet in source.demux(stream):
+            if packet.pts is None or packet.dts is None:  # the last, which is empty
+                continue
+            packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
+            container.mux(packet)
+
+
+@contextmanager
+def _growing_file(target: Path) -> Iterator[BinaryIO]:
+    """An empty file under the partial name, which goes in the end. Raises OutputError where another process has it."""
+    path = partial_path(target)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{path}: another process writes this video; wait for it, or write elsewhere") from error
+        try:
+            if os.fstat(file.fileno()).st_size:  # of a process that was killed
+                file.truncate(0)
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _configure(codec: VideoCodecContext, encoder: _Encoder, width: int, height: int) -> None:
+    codec.width, codec.height, codec.pix_fmt, codec.codec_tag = width, height, "yuv420p", encoder.tag
+    codec.thread_count, codec.thread_type = _THREADS, "FRAME"
     # Untagged, players guess the colours from the height, and guess wrong below 720 lines.
     codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
     codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709

@@ -1,0 +1,103 @@
+"""`ttt-video decode`: from the latents that a render keeps to an mp4 or to PNG files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from ttt_video_engine.commands.loaders import make_loader
+from ttt_video_engine.commands.options import BundleOption, Debug
+from ttt_video_engine.commands.progress import ProgressDisplay
+from ttt_video_engine.engines.onnxruntime import ProviderName
+from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, open_bundle
+from ttt_video_engine.runtime.callbacks import Progress
+from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.files import check_folder
+from ttt_video_engine.runtime.frame_range import FrameRange
+from ttt_video_engine.runtime.latents_file import LATENTS, read_latents
+from ttt_video_engine.runtime.pipeline import VIDEO
+from ttt_video_engine.runtime.pipeline import decode as decode_windows
+from ttt_video_engine.runtime.png_sequence import check_png_folder, write_pngs
+from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.video import Codec, VideoFormat, write_video
+
+Windows = Iterator[NDArray[np.uint8]]
+
+
+def decode(
+    run: Annotated[Path, typer.Argument(help=f"Folder of a render, with {LATENTS}.", show_default=False)],
+    bundle: BundleOption,
+    output: Annotated[
+        Path | None, typer.Option(help="The mp4; replaced where it exists.", show_default=f"RUN/{VIDEO}")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.", show_default="16")] = None,
+    crf: Annotated[
+        int | None, typer.Option(help="Quality: lower is better and larger.", show_default="18, 20 or 30 by codec")
+    ] = None,
+    codec: Annotated[Codec | None, typer.Option(help="Codec of the mp4.", show_default="h264")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="START:END: these frames only, as a slice of Python.", show_default="all")
+    ] = None,
+    png_sequence: Annotated[
+        Path | None, typer.Option(help="New or empty folder for PNG files, in place of an mp4.", show_default=False)
+    ] = None,
+    engine: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    provider: Annotated[
+        ProviderName | None,
+        typer.Option(help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Most that a TensorRT engine may take, such as 20GB.", show_default="all that is free"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Decode the latents that a render keeps, to an mp4 or to PNG files."""
+
+    if png_sequence is not None:
+        _refuse_mp4_options({"--output": output, "--fps": fps, "--crf": crf, "--codec": codec})
+    opened = open_bundle(bundle)
+    defaults, model = opened.manifest.defaults, opened.manifest.model
+    video_format = VideoFormat(defaults.fps if fps is None else fps, crf, codec or "h264")
+    loader = make_loader(opened, engine, provider, gpu_memory, low_memory=defaults.low_memory)
+    latents = read_latents(run / LATENTS, opened)
+    size = model.clip_size(latents.length)
+    wanted = FrameRange.parse(frames or ":", model.num_video_frames(size))
+    target = png_sequence or output or run / (VIDEO if frames is None else f"video-{wanted.start}-{wanted.stop}.mp4")
+    if png_sequence is not None:
+        check_png_folder(png_sequence)
+    else:
+        _check_target(target)
+    opened.check()
+    loader.check([VAE_FIRST, VAE_NEXT])
+    with ProgressDisplay() as display:
+        windows = decode_windows(opened, loader, latents.values)
+        counted = _count(windows, wanted.num_windows(model, size), display.update)
+        if png_sequence is not None:
+            write_pngs(target, wanted.select(counted), wanted.start)
+        else:
+            write_video(target, wanted.select(counted), video_format, width=model.width, height=model.height)
+    typer.echo(f"{'video' if png_sequence is None else 'frames'}: {target}")
+
+
+def _refuse_mp4_options(options: dict[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"--png-sequence writes no mp4: leave it out, or {', '.join(given)}")
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix != ".mp4":
+        raise ConfigError(f"--output is {str(target)!r}: must end in .mp4")
+    check_folder(target.parent)
+
+
+def _count(windows: Windows, total: int, progress: Progress) -> Windows:
+    progress("decode", 0, total)
+    for done, window in enumerate(windows, start=1):
+        progress("decode", done, total)
+        yield window
+        del window

@@ -1,0 +1,22 @@
+"""The engine that options choose."""
+
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
+from ttt_video_engine.engines.tensorrt.checks import parse_memory
+from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
+from ttt_video_engine.runtime.bundle import Bundle
+from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.settings import BackendName
+
+
+def make_loader(
+    bundle: Bundle, engine: BackendName, provider: ProviderName | None, gpu_memory: str | None, *, low_memory: bool
+) -> OnnxRuntimeLoader | TensorRTLoader:
+    """Loads graphs of a bundle. Raises ConfigError for an option of the other engine."""
+    if engine == "tensorrt":
+        if provider is not None:
+            raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
+        limit = None if gpu_memory is None else parse_memory(gpu_memory)
+        return TensorRTLoader(bundle, low_memory=low_memory, gpu_memory=limit)
+    if gpu_memory is not None:
+        raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
+    return OnnxRuntimeLoader(bundle, provider=provider)

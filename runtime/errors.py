@@ -45,6 +45,20 @@ class OutputError(TTTVideoError):
     """A place that cannot be written: it exists already, or the disk is full."""
 
 
+class DamagedFile(TTTVideoError):
+    """A file of a render that is not as it was written, or belongs to another render."""
+
+
+class RenderBusy(TTTVideoError):
+    """A video that another process renders; names that process."""
+
+
+class NumericsError(TTTVideoError):
+    """NaN or infinite values in a tensor: the precision is too narrow for the model."""
+
+    exit_code = 1
+
+
 class CheckFailed(TTTVideoError):
     """A check that ran and did not hold, such as parity over tolerance."""
 

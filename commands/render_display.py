@@ -31,11 +31,11 @@ from ttt_video_engine.runtime.events import (
 
 
 class RenderDisplay:
-    """`show` is an `on_event`. `quiet` keeps standard output for something else."""
+    """`show` is an `on_event`. `several` videos are told apart; `quiet` keeps standard output for something else."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, several: bool, quiet: bool = False) -> None:
         self.output = LossyStream(sys.stdout)
-        self._quiet = quiet
+        self._several, self._quiet = several, quiet
         self.progress = ProgressDisplay(console=Console(file=cast(IO[str], LossyStream(sys.stderr))))
         self._texts_shown = False
 
@@ -51,6 +51,8 @@ class RenderDisplay:
                     self._texts_shown = True
                 update("text", event.done, event.total)
             case VideoStarted():
+                if self._several:
+                    line(f"{event.video}: denoising")
                 update("denoise", 0, event.num_steps)
                 if event.steps_done:
                     line(f"{event.video}: goes on after step {event.steps_done} of {event.num_steps}")
@@ -58,9 +60,14 @@ class RenderDisplay:
             case StepDone():
                 update("denoise", event.steps_done, event.num_steps)
             case DecodeStarted():
+                if self._several:
+                    line(f"{event.video}: decoding")
                 update("decode", 0, event.num_windows)
             case WindowDecoded():
                 update("decode", event.windows_done, event.num_windows)
+            case VideoFailed():
+                if self._several:
+                    line(f"failed: {printable(event.message)}")
             case VideoDone():
                 self.result(f"video: {event.path}")
 
@@ -87,9 +94,9 @@ def summary(names: Iterable[str], outcomes: Mapping[str, Outcome]) -> list[str]:
     ]
     lines = text_table([("video", "result", ""), *rows]) if rows else []
     if skipped:
-        lines.append(f"{skipped} of {len(by_name)} were done before")
+        lines.append(f"{skipped} of {len(by_name)} done before")
     if busy:
-        lines.append(f"{busy} of {len(by_name)} are being rendered by others")
+        lines.append(f"{busy} of {len(by_name)} being rendered by others")
     return lines
 
 

@@ -20,7 +20,16 @@ from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
 from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
-from ttt_video_engine.runtime.events import Event, OnEvent, Outcome, VideoBusy, VideoFailed, VideoStopped, to_json
+from ttt_video_engine.runtime.events import (
+    Event,
+    OnEvent,
+    Outcome,
+    VideoBusy,
+    VideoFailed,
+    VideoSkipped,
+    VideoStopped,
+    to_json,
+)
 from ttt_video_engine.runtime.files import writing
 from ttt_video_engine.runtime.jobs import Job, in_shard
 from ttt_video_engine.runtime.phases import RenderOptions
@@ -29,6 +38,8 @@ from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, S
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.user_cache import cache_folder
+
+_GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
 
 
 def sample(
@@ -60,16 +71,23 @@ def sample(
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start videos anew that exist or were begun.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps from one saved state to the next.", min=1)] = 1,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_GOING_ON)
+    ] = 1,
     stop_after: Annotated[
-        int | None, typer.Option(help="Steps in total after which each video stops, to go on later.", min=1)
+        int | None, typer.Option(help="Stop each video when so many steps are done.", min=1, rich_help_panel=_GOING_ON)
     ] = None,
-    keep_latents: Annotated[bool, typer.Option(help="Keep the finished latents beside the video.")] = True,
+    keep_latents: Annotated[
+        bool, typer.Option(help="Keep the finished latents beside the video.", rich_help_panel=_FILES)
+    ] = True,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all")
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all", rich_help_panel=_GOING_ON
+        ),
     ] = None,
     log_json: Annotated[
-        Path | None, typer.Option(help="File for every event, a line of JSON each; - is standard output.")
+        Path | None, typer.Option(help="File of events, a JSON line each; - is stdout.", rich_help_panel=_FILES)
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -106,7 +124,7 @@ def sample(
 
 def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_json: Path | None) -> None:
     """Renders, shows and logs; ends the command with the code that fits what became of the videos."""
-    display = RenderDisplay(quiet=log_json == Path("-"))
+    display = RenderDisplay(several=len(jobs) > 1, quiet=log_json == Path("-"))
     with _json_log(log_json, display) as log, StopSignals() as signals, display.progress:
 
         def on_event(event: Event) -> None:
@@ -114,7 +132,7 @@ def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_jso
                 client(event)
 
         outcomes = pipeline.run(jobs, options=options, on_event=on_event)
-    if len(jobs) > 1:
+    if len(jobs) > 1 or any(isinstance(outcome, VideoSkipped) for outcome in outcomes.values()):
         for line in summary([job.name for job in jobs], outcomes):
             display.progress.line(line)
     stopped = any(isinstance(outcome, VideoStopped) for outcome in outcomes.values())

@@ -120,7 +120,8 @@ def prepare_jobs(
             overwrite=overwrite,
         )
         check_begin(jobs[storyboard.name].folder, record, overwrite=overwrite)
-    check_space(output_dir / "any", space_needed(bundle, jobs.values()))
+    for job in list(jobs.values())[:1]:
+        check_space(job.folder, space_needed(bundle, jobs.values()))
     return list(jobs.values())
 
 

@@ -33,9 +33,11 @@ from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.sidecar import write_sidecar
 from ttt_video_engine.runtime.stages import Floats, Load, decode, denoise, encode_prompts
 from ttt_video_engine.runtime.step_state import (
+    HISTORY,
     LATENTS,
     History,
     StepState,
+    load_history,
     load_latents,
     save_latents,
     save_state,
@@ -145,7 +147,7 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     folder, model = job.folder, queue.bundle.manifest.model
     if is_done(folder) or not (folder / LATENTS).exists():
         return
-    latents, history = load_latents(folder, job.latent_shape, job.record.digest)
+    latents, history = load_latents(folder, job.latent_shape, job.record.digest), load_history(folder)
     size = model.clip_size(job.length)
     num_windows = (size.num_frames - 1) // model.vae.temporal_window
     picker = FramePicker(contact_indices(model.num_video_frames(size), size.num_scenes))
@@ -165,6 +167,7 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     history = _after(history, "decode", perf_counter() - start)
     write_sidecar(job, model, num_frames, history, queue.load.environment(), _changes(job))
     remove_states(folder)
+    (folder / HISTORY).unlink(missing_ok=True)
     if not queue.options.keep_latents:
         (folder / LATENTS).unlink(missing_ok=True)
     queue.emit(VideoDone(job.name, folder / VIDEO, history.seconds))

@@ -14,10 +14,11 @@ import numpy as np
 from msgspec import Struct
 
 from ttt_video_engine.runtime.errors import DamagedFile, OutputError
+from ttt_video_engine.runtime.files import atomic_write
 from ttt_video_engine.runtime.sampler import Array, Step
 from ttt_video_engine.runtime.tensor_file import load_tensors, save_tensors
 
-LATENTS = "latents.safetensors"
+LATENTS, HISTORY = "latents.safetensors", "history.json"
 KEPT = 2
 """States that a folder holds: the newest, and the one before it in case the newest is damaged."""
 
@@ -119,18 +120,28 @@ def usable_states(folder: Path, shape: tuple[int, ...], run: str) -> Iterator[St
 
 
 def save_latents(folder: Path, latents: Array, history: History, run: str) -> None:
-    """Writes the finished latents. Raises OutputError as `save_state` does."""
-    save_tensors(folder / LATENTS, {"latents": latents}, {"run": run, "history": msgspec.to_builtins(history)})
+    """Writes the finished latents, whose file has the same bytes however often the render was interrupted.
+
+    Their history goes into a file of its own before. Raises OutputError where the disk is full or fails.
+    """
+    with atomic_write(folder / HISTORY) as partial:
+        partial.write_bytes(msgspec.json.encode(history) + b"\n")
+    save_tensors(folder / LATENTS, {"latents": latents}, {"run": run})
 
 
-def load_latents(folder: Path, shape: tuple[int, ...], run: str) -> tuple[Array, History]:
-    """Finished latents and their history. Raises DamagedFile as `load_state` does."""
+def load_latents(folder: Path, shape: tuple[int, ...], run: str) -> Array:
+    """Finished latents. Raises DamagedFile as `load_state` does."""
     arrays, facts = load_tensors(folder / LATENTS, {"latents": shape})
     _check_run(folder / LATENTS, facts, run)
+    return arrays["latents"]
+
+
+def load_history(folder: Path) -> History:
+    """The history of finished latents; an empty one where it is missing or damaged, as nothing depends on it."""
     try:
-        return arrays["latents"], msgspec.convert(facts["history"], History)
-    except (KeyError, ValueError) as error:
-        raise DamagedFile(f"{folder / LATENTS}: is damaged ({error})") from error
+        return msgspec.json.decode((folder / HISTORY).read_bytes(), type=History)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return History()
 
 
 def _check_run(path: Path, facts: Any, run: str) -> None:

@@ -22,6 +22,7 @@ Arrays = Mapping[str, NDArray[Any]]
 Facts = Mapping[str, Any]
 """What JSON can hold."""
 
+_METADATA = "ttt-video"
 _HEADER = 1 << 16
 """Bytes that a file may have beyond its arrays."""
 
@@ -30,9 +31,10 @@ def save_tensors(target: Path, arrays: Arrays, facts: Facts) -> None:
     """Writes arrays and facts, on the disk when this returns. Raises OutputError where the disk is full or fails."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     check_space(target, {target.name: sum(array.nbytes for array in arrays.values()) + _HEADER})
-    text = json.dumps(facts)
+    facts = dict(facts)
     # Not `save_file`, which hides what the system says of a full disk.
-    content = save(arrays, {"facts": text, "sha256": _checksum(arrays, text)})
+    # One entry of metadata, as safetensors writes several in an order that changes from run to run.
+    content = save(arrays, {_METADATA: json.dumps({"sha256": _checksum(arrays, facts), "facts": facts})})
     with atomic_write(target) as partial:
         partial.write_bytes(content)
 
@@ -49,11 +51,11 @@ def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-        text, checksum = metadata["facts"], metadata["sha256"]
-        facts = json.loads(text)
+        record = json.loads(metadata[_METADATA])
+        facts, checksum = record["facts"], record["sha256"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{path}: is damaged ({' '.join(str(error).split())})") from error
-    if checksum != _checksum(arrays, text):
+    if checksum != _checksum(arrays, facts):
         raise DamagedFile(f"{path}: is damaged (its bytes do not have their checksum)")
     if {name: (array.shape, array.dtype) for name, array in arrays.items()} != {
         name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()
@@ -62,8 +64,8 @@ def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
     return arrays, facts
 
 
-def _checksum(arrays: Arrays, text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _checksum(arrays: Arrays, facts: Facts) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
         digest.update(np.ascontiguousarray(array).data.cast("B"))

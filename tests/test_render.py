@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from weakref import ref
 import av
 import numpy as np
 import pytest
-from messages import TRACE, WARNING, last_refusal, names, scene
+from messages import TRACE, WARNING, names, scene
 from numpy.typing import NDArray
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner

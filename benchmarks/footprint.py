@@ -23,7 +23,7 @@ from ttt_video_engine.runtime.bundle import (
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.config import ModelConfig, TTTKind
-from ttt_video_engine.runtime.pipeline import decode
+from ttt_video_engine.runtime.stages import decode
 
 CASES = (("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1))
 """(component, batch): the batch is the number of guidance branches, one with --low-memory."""

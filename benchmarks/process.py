@@ -62,7 +62,7 @@ def decode_and_report(bundle_path: str, length: str) -> None:
     """Decodes random latents into an mp4 and prints the frames written and the peak memory of this process in MiB."""
     from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
     from ttt_video_engine.runtime.bundle import latent_shape, open_bundle
-    from ttt_video_engine.runtime.pipeline import decode
+    from ttt_video_engine.runtime.stages import decode
     from ttt_video_engine.runtime.video import write_mp4
 
     bundle = open_bundle(Path(bundle_path))

@@ -1,5 +1,8 @@
-"""`ttt-video sample`: from a storyboard to a video."""
+"""`ttt-video sample`: from storyboards to videos."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -8,22 +11,39 @@ import typer
 from msgspec.structs import replace
 
 from ttt_video_engine.commands.options import BundleOption, Debug
-from ttt_video_engine.commands.progress import ProgressDisplay
+from ttt_video_engine.commands.render_display import RenderDisplay, summary
+from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
+from ttt_video_engine.commands.streams import LossyStream
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, OnnxRuntimeLoader, ProviderName, available_providers
 from ttt_video_engine.engines.tensorrt.checks import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
-from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.pipeline import graphs_needed, prepare_jobs, render
+from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
+from ttt_video_engine.runtime.events import (
+    Event,
+    OnEvent,
+    Outcome,
+    VideoBusy,
+    VideoFailed,
+    VideoSkipped,
+    VideoStopped,
+    to_json,
+)
+from ttt_video_engine.runtime.files import writing
+from ttt_video_engine.runtime.jobs import Job, in_shard
+from ttt_video_engine.runtime.phases import RenderOptions
+from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, Sampler
-from ttt_video_engine.runtime.storyboard import check_length, load_storyboards
+from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.user_cache import cache_folder
 
+_GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
+
 
 def sample(
-    storyboard: Annotated[Path, typer.Argument(help="JSON or JSONL file of scenes.", show_default=False)],
+    storyboards: Annotated[list[Path], typer.Argument(help="JSON or JSONL files of scenes.", show_default=False)],
     bundle: BundleOption,
     output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it.")] = Path("output"),
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="50")] = None,
@@ -50,18 +70,37 @@ def sample(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace videos that exist.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start videos anew that exist or were begun.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_GOING_ON)
+    ] = 1,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop each video when so many steps are done.", min=1, rich_help_panel=_GOING_ON)
+    ] = None,
+    keep_latents: Annotated[
+        bool, typer.Option(help="Keep the finished latents beside the video.", rich_help_panel=_FILES)
+    ] = True,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all", rich_help_panel=_GOING_ON
+        ),
+    ] = None,
+    log_json: Annotated[
+        Path | None, typer.Option(help="File of events, a JSON line each; - is stdout.", rich_help_panel=_FILES)
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Render the videos of a storyboard file."""
+    """Render the videos of storyboard files. The same command again goes on where it was."""
 
     if engine == "tensorrt" and provider is not None:
         raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
     if engine != "tensorrt" and gpu_memory is not None:
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
-    storyboards = load_storyboards(storyboard)
+    boards = [board for path in storyboards for board in load_storyboards(path)]
     if length is not None:
-        check_length(storyboards, length)
+        check_length(boards, length)
+    boards = _part(boards, shard)
     opened = open_bundle(bundle)
     settings = opened.manifest.defaults
     low_memory = low_memory or settings.low_memory
@@ -77,18 +116,76 @@ def sample(
         "low_memory": low_memory,
     }
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
-    jobs = prepare_jobs(opened, storyboards, settings, output_dir, overwrite=overwrite)
-    loader.check(graphs_needed(jobs))
-    for board in storyboards:
-        for warning in board.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-    for job in jobs:
-        for truncation in job.prompts.truncations:
-            typer.echo(f"warning: {job.storyboard.source}: {truncation.message}", err=True)
-    cache = _text_cache(opened, engine, provider)
-    with ProgressDisplay() as display:
-        for video in render(opened, loader, jobs, settings, cache, display.update):
-            typer.echo(f"video: {video}")
+    pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider))
+    jobs = pipeline.prepare(boards, settings, output_dir, overwrite=overwrite)
+    options = RenderOptions(checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after)
+    _render(pipeline, jobs, options, log_json)
+
+
+def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_json: Path | None) -> None:
+    """Renders, shows and logs; ends the command with the code that fits what became of the videos."""
+    display = RenderDisplay(several=len(jobs) > 1, quiet=log_json == Path("-"))
+    with _json_log(log_json, display) as log, StopSignals() as signals, display.progress:
+
+        def on_event(event: Event) -> None:
+            for client in (log, display.show, signals.check):
+                client(event)
+
+        outcomes = pipeline.run(jobs, options=options, on_event=on_event)
+    if len(jobs) > 1 or any(isinstance(outcome, VideoSkipped) for outcome in outcomes.values()):
+        for line in summary([job.name for job in jobs], outcomes):
+            display.progress.line(line)
+    stopped = any(isinstance(outcome, VideoStopped) for outcome in outcomes.values())
+    if stopped or signals.received is not None:
+        display.progress.line(f"stopped; go on with: {command_that_goes_on('ttt-video', sys.argv[1:])}")
+    if signals.received is not None:
+        raise typer.Exit(128 + signals.received)
+    _report(outcomes)
+    if display.output.failed:
+        raise typer.Exit(1)
+
+
+def _report(outcomes: dict[str, Outcome]) -> None:
+    """Raises CheckFailed where a video failed, RenderBusy where the only one is rendered by another process."""
+    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, VideoFailed)]
+    if len(outcomes) == 1 and failed:
+        raise CheckFailed(failed[0].message) from failed[0].error
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(outcomes)} videos failed: {', '.join(one.video for one in failed)}")
+    match list(outcomes.values()):
+        case [VideoBusy(message=message)]:
+            raise RenderBusy(message)
+
+
+def _part(boards: list[Storyboard], shard: str | None) -> list[Storyboard]:
+    """The storyboards of a part I/N. Raises ConfigError unless 1 <= I <= N."""
+    if shard is None:
+        return boards
+    index, _, count = shard.partition("/")
+    if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and len(shard) < 20):
+        raise ConfigError(f"--shard is {shard!r}: must be I/N, such as 1/4")
+    if not 1 <= int(index) <= int(count):
+        raise ConfigError(f"--shard is {shard}: the part must lie in 1 … {int(count)}")
+    return [board for board in boards if in_shard(board, int(index), int(count))]
+
+
+@contextmanager
+def _json_log(path: Path | None, display: RenderDisplay) -> Iterator[OnEvent]:
+    """An `on_event` that writes a line of JSON for each event, at once; to nowhere where there is no path."""
+    if path is None:
+        yield lambda event: None
+        return
+    with ExitStack() as stack:
+        output = display.output
+        if path != Path("-"):
+            with writing(path):
+                output = LossyStream(stack.enter_context(path.open("a", encoding="utf-8")))
+
+        def write(event: Event) -> None:
+            output.write(to_json(event))
+            display.output.failed |= output.failed
+
+        yield write
 
 
 def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | None) -> TextCache:

@@ -49,6 +49,20 @@ class StateError(TTTVideoError):
     """What an earlier run kept is missing, damaged, too new, or not for what is asked of it."""
 
 
+class DamagedFile(TTTVideoError):
+    """A file of a render that is not as it was written, or belongs to another render."""
+
+
+class RenderBusy(TTTVideoError):
+    """A video that another process renders; names that process."""
+
+
+class NumericsError(TTTVideoError):
+    """NaN or infinite values in a tensor: the precision is too narrow for the model."""
+
+    exit_code = 1
+
+
 class CheckFailed(TTTVideoError):
     """A check that failed, such as a parity error above the tolerance."""
 

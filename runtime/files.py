@@ -100,6 +100,9 @@ def exchange(first: Path, second: Path) -> bool:
 
 def check_folder(folder: Path) -> None:
     """Raises OutputError unless files can be written in `folder`, which need not exist yet."""
+    for path in (folder, *folder.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            raise OutputError(f"{folder}: {path} is a link to {path.readlink()}, which is not there; choose another")
     existing = folder if folder.exists() else _existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"{folder}: {existing} is not a writable folder; choose another folder")

@@ -1,256 +1,191 @@
-"""From a storyboard to a folder with an mp4: one component in memory at a time, frames straight into the file.
+"""From storyboards to folders with an mp4 each: one component in memory at a time, frames straight into the file.
 
-The pipeline is handed a loader for engines and does not know what runs them. What it makes depends on the storyboard,
-the bundle and the settings alone.
+The pipeline is handed a loader for engines and does not know what runs them. What it makes depends on the storyboards,
+the bundle and the settings alone; whatever ends it, the same call goes on.
+
+    pipeline = Pipeline(open_bundle(Path("bundles/tiny")), OnnxRuntimeLoader(bundle))
+    outcomes = pipeline.render(load_storyboards(Path("kitchen.json")), Settings(), Path("videos"), on_event=print)
 """
 
-import platform
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
-import av
-import msgspec
-import numpy as np
-import tokenizers
-from numpy.typing import NDArray
-
-from ttt_video_engine import __version__
-from ttt_video_engine.runtime.bundle import (
-    CACHE_IN,
-    CACHE_OUT,
-    TEXT_ENCODER,
-    TOKENIZER,
-    VAE_FIRST,
-    VAE_NEXT,
-    Bundle,
-    latent_shape,
-    transformer_graph_name,
+from ttt_video_engine.runtime.bundle import Bundle
+from ttt_video_engine.runtime.contact_frames import DrawContactSheet
+from ttt_video_engine.runtime.errors import ConfigError, OutputError, RenderBusy
+from ttt_video_engine.runtime.events import (
+    Event,
+    OnEvent,
+    Outcome,
+    StopRendering,
+    TextEncoded,
+    VideoBusy,
+    VideoFailed,
+    VideoSkipped,
 )
-from ttt_video_engine.runtime.callbacks import Progress
-from ttt_video_engine.runtime.errors import OutputError
-from ttt_video_engine.runtime.files import atomic_write, check_folder, sha256_of
-from ttt_video_engine.runtime.runner import Runner, RunnerLoader
-from ttt_video_engine.runtime.sampler import Step, sample
-from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
+from ttt_video_engine.runtime.jobs import Job, graphs_needed, prepare_jobs
+from ttt_video_engine.runtime.phases import Phase, Queue, RenderOptions, encode_text, run_steps, write_video
+from ttt_video_engine.runtime.render_folder import VIDEO, claimed, is_done, note_failure
+from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.settings import Settings
+from ttt_video_engine.runtime.stages import Load, kept_loaded
 from ttt_video_engine.runtime.storyboard import Storyboard, length_of
 from ttt_video_engine.runtime.text_cache import TextCache
-from ttt_video_engine.runtime.tokenizer import EncodedPrompts, SceneTokenizer
-from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
-
-VIDEO, SIDECAR = "video.mp4", "video.json"
-SIDECAR_VERSION = 1
-_VERSIONS = {
-    "ttt-video-engine": __version__,
-    "python": platform.python_version(),
-    "numpy": np.__version__,
-    "av": av.__version__,
-    "tokenizers": tokenizers.__version__,
-}
-"""Of what is loaded, whatever the distribution is called that it was installed from."""
-
-Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One storyboard with all that could be wrong with it checked."""
+class Pipeline:
+    """Renders storyboards with the graphs of a bundle.
 
-    storyboard: Storyboard
-    length: str
-    prompts: EncodedPrompts
-    folder: Path
-
-
-def prepare_jobs(
-    bundle: Bundle, storyboards: list[Storyboard], settings: Settings, output_dir: Path, *, overwrite: bool
-) -> list[Job]:
-    """Checks everything that can be checked before the first video starts.
-
-    Raises StoryboardError for a scene count without a graph, ConfigError for settings out of range, OutputError for a
-    video that exists or a folder that cannot be written.
+    `load` gives the graphs to run. `cache` keeps embeddings from call to call; None keeps them for the videos of one
+    call only. `draw_contact_sheet` makes the picture beside each video; None makes none.
     """
-    model = bundle.manifest.model
-    schedule = make_schedule(model.diffusion, settings.num_steps)
-    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
-    frame_rate(settings.fps)
-    check_folder(output_dir)
-    tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
-    jobs = []
-    for storyboard in storyboards:
-        length = length_of(storyboard, bundle.manifest.lengths)
-        prompts = tokenizer.encode(storyboard, model.text_lengths[length])
-        job = Job(storyboard, length, prompts, output_dir / storyboard.name)
-        if (job.folder / VIDEO).exists() and not overwrite:
-            raise OutputError(f"{job.folder / VIDEO}: exists; use --overwrite or another --output-dir")
-        jobs.append(job)
-    return jobs
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        load: RunnerLoader,
+        *,
+        cache: TextCache | None = None,
+        draw_contact_sheet: DrawContactSheet | None = None,
+    ) -> None:
+        self._bundle, self._load = bundle, load
+        self._cache = cache or TextCache(None, "")
+        self._draw_contact_sheet = draw_contact_sheet
+
+    def prepare(
+        self, storyboards: Iterable[Storyboard], settings: Settings, output_dir: Path, *, overwrite: bool = False
+    ) -> list[Job]:
+        """One job for each storyboard, with everything checked that can be. Nothing is written.
+
+        Raises what `prepare_jobs` raises, and what the loader does for a graph that it cannot load.
+        """
+        storyboards = list(storyboards)
+        lengths = [length_of(storyboard, self._bundle.manifest.lengths) for storyboard in storyboards]
+        self._load.check(graphs_needed(lengths))
+        environment = self._load.environment()
+        return prepare_jobs(
+            self._bundle, storyboards, settings, output_dir, environment=environment, overwrite=overwrite
+        )
+
+    def render(
+        self,
+        storyboards: Iterable[Storyboard],
+        settings: Settings,
+        output_dir: Path,
+        *,
+        options: RenderOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> dict[str, Outcome]:
+        """`prepare`, then `run`: what became of each video, by name."""
+        return self.run(self.prepare(storyboards, settings, output_dir), options=options, on_event=on_event)
+
+    def run(
+        self,
+        jobs: list[Job],
+        *,
+        options: RenderOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> dict[str, Outcome]:
+        """What became of each video, by name. A video that fails is an outcome, and the others go on.
+
+        `on_event` is called in this thread, after what it tells of is on the disk. It may raise StopRendering: the
+        videos without an outcome then go on with the next call. What else it raises ends the call too, and is raised.
+        """
+        options = options or RenderOptions()
+        _check_options(options)
+        outcomes: dict[str, Outcome] = {}
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Outcome):
+                outcomes[event.video] = event
+            try:
+                if on_event is not None:
+                    on_event(event)
+            except Exception as error:
+                raise _CallerFailed(error) from error
+
+        queue = Queue(self._bundle, self._load, self._cache, options, emit, self._draw_contact_sheet)
+        try:
+            _Run(queue, outcomes).all_phases(jobs)
+        except StopRendering:
+            pass
+        except _CallerFailed as failed:
+            raise failed.error from None
+        return outcomes
 
 
-def graphs_needed(jobs: list[Job]) -> list[str]:
-    """Every graph that `render` will load."""
-    transformers = dict.fromkeys(transformer_graph_name(job.length) for job in jobs)
-    return [TEXT_ENCODER, *transformers, VAE_FIRST, VAE_NEXT]
+class _CallerFailed(BaseException):
+    """Carries what `on_event` raised past everything that handles the failures of a video."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
-def render(
-    bundle: Bundle, load: RunnerLoader, jobs: list[Job], settings: Settings, cache: TextCache, progress: Progress
-) -> Iterator[Path]:
-    """Renders every job and yields the path of each mp4 as it is complete."""
-    rendering = _Rendering(bundle, bundle.sha256, load, settings, progress)
-    texts = encode_prompts(load, jobs, cache, progress)
-    for job, (text, text_seconds) in zip(jobs, texts, strict=True):
-        yield _render_one(rendering, job, text, text_seconds)
+class _Run:
+    """One call of `Pipeline.run`. Videos with an outcome are left alone, those of other processes asked for again."""
+
+    def __init__(self, queue: Queue, outcomes: Mapping[str, Outcome]) -> None:
+        self._queue, self._outcomes = queue, outcomes
+        self._busy: dict[str, str] = {}
+
+    def all_phases(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if is_done(job.folder) and not job.overwrite:
+                self._queue.emit(VideoSkipped(job.name, job.folder / VIDEO))
+        jobs = [job for job in jobs if job.name not in self._outcomes]
+        self._phase("text", encode_text, jobs)
+        for length in dict.fromkeys(job.length for job in jobs):
+            self._phase("denoise", run_steps, [job for job in jobs if job.length == length])
+        self._phase("decode", write_video, jobs)
+        for job in jobs:
+            if job.name not in self._outcomes:
+                self._queue.emit(self._of_another(job))
+
+    def _phase(self, stage: str, work: Phase, jobs: list[Job]) -> None:
+        """A stage of every video; the graphs stay loaded from one to the next."""
+        load = self._queue.load
+        # A video alone frees the decoder's first graph before its next one.
+        several: AbstractContextManager[Load] = kept_loaded(load) if len(jobs) > 1 else nullcontext(load)
+        with several as graphs:
+            for done, job in enumerate(jobs, start=1):
+                if job.name in self._outcomes:
+                    continue
+                try:
+                    with claimed(job.folder):
+                        try:
+                            work(self._queue, job, graphs)
+                        except Exception as error:
+                            self._failed(job, stage, error)
+                except RenderBusy as busy:
+                    self._busy[job.name] = str(busy)
+                except Exception as error:
+                    self._failed(job, stage, error)
+                if stage == "text":
+                    self._queue.emit(TextEncoded(job.name, done, len(jobs)))
+
+    def _failed(self, job: Job, stage: str, error: Exception) -> None:
+        with suppress(OutputError, OSError):  # such as a full disk, which is the failure itself
+            note_failure(job.folder, stage, error)
+        _free_frames(error)
+        self._queue.emit(VideoFailed(job.name, stage, error))
+
+    def _of_another(self, job: Job) -> Outcome:
+        if is_done(job.folder):
+            return VideoSkipped(job.name, job.folder / VIDEO)
+        return VideoBusy(job.name, self._busy.get(job.name, f"{job.folder}: is being rendered by another process"))
 
 
-def encode_prompts(
-    load: RunnerLoader, jobs: list[Job], cache: TextCache, progress: Progress
-) -> list[tuple[Floats, float]]:
-    """Embeddings [2, S, N, text_dim] of each job, negative prompts first, and the seconds they took.
-
-    The encoder is loaded only where the cache lacks a scene. It takes one scene at a time, so that what a scene comes
-    to does not depend on those it was encoded with.
-    """
-    texts = []
-    progress("text", 0, len(jobs))
-    with ExitStack() as stack:
-        engine: Runner | None = None
-
-        def encode(ids: NDArray[np.int64]) -> Floats:
-            nonlocal engine
-            embedding = cache.get(ids)
-            if embedding is None:
-                engine = engine or stack.enter_context(load(TEXT_ENCODER))
-                (embedding,) = np.asarray(engine.run({"ids": ids[None]})["embeddings"], dtype=np.float32)
-                cache.put(ids, embedding)
-            return embedding
-
-        for done, job in enumerate(jobs, start=1):
-            start = perf_counter()
-            branches = (job.prompts.negative, job.prompts.positive)
-            text = np.stack([np.stack([encode(ids) for ids in branch]) for branch in branches])
-            texts.append((text, perf_counter() - start))
-            progress("text", done, len(jobs))
-    return texts
+def _free_frames(error: BaseException | None) -> None:
+    """Lets go of the arrays and engines that the trace of an error holds, while keeping the trace."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
-def denoise(bundle: Bundle, load: RunnerLoader, length: str, text: Floats, settings: Settings) -> Iterator[Step]:
-    """Every step from noise to latents [1, T, C, H, W]; the transformer is freed when the generator ends."""
-    model = bundle.manifest.model
-    shape = (1, *latent_shape(model, model.clip_size(length)))
-    schedule = make_schedule(model.diffusion, settings.num_steps)
-    guidance = guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
-    random = np.random.Generator(np.random.PCG64(settings.seed))
-
-    def draw_noise() -> Floats:
-        return random.standard_normal(shape, dtype=np.float32)
-
-    with load(transformer_graph_name(length)) as engine:
-
-        def velocities(x: Floats, timestep: int) -> tuple[Floats, Floats]:
-            size = 1 if settings.low_memory else 2
-            batches = [text[start : start + size] for start in range(0, 2, size)]
-            runs = [
-                np.asarray(
-                    engine.run(
-                        {
-                            "latents": np.repeat(x, size, axis=0),
-                            "text": batch,
-                            "timestep": np.full(size, timestep, dtype=np.int64),
-                        }
-                    )["velocity"]
-                )
-                for batch in batches
-            ]
-            negative, positive = np.split(np.concatenate(runs).astype(np.float32), 2)
-            return negative, positive
-
-        yield from sample(velocities, draw_noise(), schedule, guidance, settings.sampler, draw_noise)
-
-
-def decode(bundle: Bundle, load: RunnerLoader, latents: Floats) -> Iterator[NDArray[np.uint8]]:
-    """Frames [T', height, width, 3] of each window of latents [1, T, C, H, W]; one window is in memory at a time."""
-    size = bundle.manifest.model.vae.temporal_window
-    with load(VAE_FIRST) as engine:
-        outputs = engine.run({"latents": latents[:, : 1 + size]})
-    yield to_frames(np.asarray(outputs["frames"], np.float32))
-    with load(VAE_NEXT) as engine:
-        for start in range(1 + size, latents.shape[1], size):
-            caches = {
-                name.replace(CACHE_OUT, CACHE_IN, 1): value
-                for name, value in outputs.items()
-                if name.startswith(CACHE_OUT)
-            }
-            outputs = engine.run({"latents": latents[:, start : start + size], **caches})
-            yield to_frames(np.asarray(outputs["frames"], np.float32))
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    """What all videos of a call have in common."""
-
-    bundle: Bundle
-    bundle_sha256: str
-    load: RunnerLoader
-    settings: Settings
-    progress: Progress
-
-
-def _render_one(rendering: _Rendering, job: Job, text: Floats, text_seconds: float) -> Path:
-    """Writes one video and its sidecar; the path of the video."""
-    model, settings, progress = rendering.bundle.manifest.model, rendering.settings, rendering.progress
-
-    start = perf_counter()
-    progress("denoise", 0, settings.num_steps)
-    for step in denoise(rendering.bundle, rendering.load, job.length, text, settings):
-        latents = step.latents
-        progress("denoise", step.index + 1, step.num_steps)
-    denoised = perf_counter()
-
-    num_windows = (model.clip_size(job.length).num_frames - 1) // model.vae.temporal_window
-
-    def windows() -> Iterator[NDArray[np.uint8]]:
-        progress("decode", 0, num_windows)
-        for done, window in enumerate(decode(rendering.bundle, rendering.load, latents), start=1):
-            yield window
-            progress("decode", done, num_windows)
-
-    video = job.folder / VIDEO
-    num_frames = write_mp4(video, windows(), width=model.width, height=model.height, fps=settings.fps)
-    (job.folder / SIDECAR).unlink(missing_ok=True)  # of the video that was here before
-    seconds = {"text": text_seconds, "denoise": denoised - start, "decode": perf_counter() - denoised}
-    sidecar = _sidecar(rendering, job, num_frames, seconds)
-    with atomic_write(job.folder / SIDECAR) as partial:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n")
-    return video
-
-
-def _sidecar(rendering: _Rendering, job: Job, num_frames: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """What is written beside a video, see docs/formats.md."""
-    manifest = rendering.bundle.manifest
-    model = manifest.model
-    return {
-        "format_version": SIDECAR_VERSION,
-        "video": VIDEO,
-        "sha256": sha256_of(job.folder / VIDEO),
-        "length": job.length,
-        "num_frames": num_frames,
-        "width": model.width,
-        "height": model.height,
-        "storyboard": {"source": job.storyboard.source, "scenes": job.storyboard.scenes},
-        "truncations": [truncation.message for truncation in job.prompts.truncations],
-        "settings": rendering.settings,
-        "bundle": {
-            "sha256": rendering.bundle_sha256,
-            "preset": model.name,
-            "ttt": model.transformer.ttt,
-            "dtype": manifest.dtype,
-        },
-        "seconds": seconds,
-        "environment": rendering.load.environment(),
-        "versions": _VERSIONS,
-    }
+def _check_options(options: RenderOptions) -> None:
+    for name, value in (("checkpoint_every", options.checkpoint_every), ("stop_after", options.stop_after)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value!r}: must be at least 1")

@@ -1,6 +1,6 @@
 """What the pipeline needs of a backend: a `Runner` is a loaded graph with named inputs and outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -73,6 +73,10 @@ class RunnerLoader(Protocol):
     """Loads a graph of a bundle by name, such as "transformer-9s"."""
 
     def __call__(self, graph: str) -> Runner: ...
+
+    def check(self, graphs: Iterable[str]) -> None:
+        """Raises BundleError or BackendError unless each of these graphs can be loaded, as far as is known."""
+        ...
 
     def environment(self) -> dict[str, str]:
         """What runs the graphs, for the sidecar: `engine`, packages with their versions, provider or GPU.

@@ -47,13 +47,16 @@ class Update:
 
 def sample(
     velocities: Velocities,
-    noise: Array,
+    start: Array | Step,
     schedule: Schedule,
     guidance: NDArray[np.float64],
     sampler: Sampler,
     draw_noise: Callable[[], Array],
 ) -> Iterator[Step]:
-    """Yields every step from `noise`, of any shape, to the clean latent of the same shape.
+    """Yields every step from `start`, of any shape, to the clean latent of the same shape.
+
+    `start` is the noise, or a step done before: then the steps after it are yielded, bit for bit as if there had been
+    no pause, given that `draw_noise` goes on where it was.
 
     `guidance` is one scale per step. `draw_noise` gives standard normal noise of the same shape; "ddim" never calls it,
     "dpmpp-2m-sde" calls it once in every step but the last. Raises ConfigError, at the first step, for an unknown
@@ -64,9 +67,10 @@ def sample(
     num_steps = len(schedule.timesteps)
     if len(guidance) != num_steps:
         raise ConfigError(f"guidance has {len(guidance)} scales: must have one for each of the {num_steps} steps")
-    x = noise.astype(np.float32)
-    previous = None
-    for index in range(num_steps):
+    done = start.index + 1 if isinstance(start, Step) else 0
+    x = (start.latents if isinstance(start, Step) else start).astype(np.float32)
+    previous = start.denoised if isinstance(start, Step) else None
+    for index in range(done, num_steps):
         timestep, scale = int(schedule.timesteps[index]), float(guidance[index])
         unconditional, conditional = velocities(x, timestep)
         velocity = unconditional + scale * (conditional - unconditional)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,16 +14,19 @@ from weakref import ref
 import av
 import numpy as np
 import pytest
-from messages import TRACE, WARNING, last_refusal, names, scene
+from messages import TRACE, WARNING, names, scene
 from numpy.typing import NDArray
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
-from ttt_video_engine.runtime.bundle import open_bundle
+from ttt_video_engine.runtime.bundle import TOKENIZER, open_bundle
+from ttt_video_engine.runtime.events import VideoDone
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import denoise, encode_prompts, prepare_jobs, render
+from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.settings import Settings
+from ttt_video_engine.runtime.stages import denoise, encode_prompts
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
+from ttt_video_engine.runtime.tokenizer import SceneTokenizer
 
 ROOT = Path(__file__).parents[1]
 BEAR, MOUSE = ([{"text": text, "neg_text": "Dark."}] for text in ("A bear bakes bread.", "A mouse in a red scarf."))
@@ -60,7 +62,7 @@ def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) 
     assert (code, stdout) == (0, f"video: {video}\n")
     (warning,) = [line for line in err.splitlines() if line.startswith(WARNING)]
     names(warning, "bear.json", scene(2), "text", 152)
-    assert files_in(out) == ["bear/video.json", "bear/video.mp4"]
+    assert files_in(out) == [f"bear/{name}" for name in ("latents.safetensors", "run.json", "video.json", "video.mp4")]
 
     with av.open(video) as container:
         stream = container.streams.video[0]
@@ -95,6 +97,7 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
 
     class Watched:
         environment = real.environment
+        check = real.check
 
         def __call__(self, graph: str) -> OnnxRuntimeRunner:
             gc.collect()
@@ -105,11 +108,10 @@ def test_one_component_is_in_memory_at_a_time(shared_bundle: Path, tmp_path: Pat
             return engine
 
     settings = Settings(num_steps=1)
-    jobs = prepare_jobs(
-        bundle, load_storyboards(storyboard(tmp_path / "bear.json", BEAR)), settings, tmp_path, overwrite=False
-    )
-    (video,) = render(bundle, Watched(), jobs, settings, TextCache(tmp_path / "text", "none"), lambda *_: None)
-    assert video.is_file()
+    boards = load_storyboards(storyboard(tmp_path / "bear.json", BEAR))
+    cache = TextCache(tmp_path / "text", "none")
+    outcomes = Pipeline(bundle, Watched(), cache=cache).render(boards, settings, tmp_path)
+    assert isinstance(outcomes["bear"], VideoDone)
     assert loaded == ["text_encoder", "transformer-3s", "vae_decoder-first", "vae_decoder-next"]
 
 
@@ -136,18 +138,18 @@ def test_a_video_depends_on_its_scenes_and_the_settings_alone(run: Run, shared_b
 @pytest.fixture(scope="module")
 def latents(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., NDArray[np.float32]]:
     """The latents that settings lead to, before they are decoded."""
-    boards = load_storyboards(storyboard(tmp_path_factory.mktemp("latents") / "bear.json", BEAR))
+    (board,) = load_storyboards(storyboard(tmp_path_factory.mktemp("latents") / "bear.json", BEAR))
     bundle = open_bundle(shared_bundle)
     load = OnnxRuntimeLoader(bundle)
-    cache = TextCache(tmp_path_factory.mktemp("text"), "")
+    prompts = SceneTokenizer.from_file(bundle.path(TOKENIZER)).encode(board, bundle.manifest.model.text_lengths["3s"])
+    text = encode_prompts(load, prompts, TextCache(None, ""))
 
     def run(**options: object) -> NDArray[np.float32]:
         settings = Settings(**{"num_steps": 2, **options})  # type: ignore[arg-type]
-        jobs = prepare_jobs(bundle, boards, settings, Path("nowhere"), overwrite=False)
-        ((text, _),) = encode_prompts(load, jobs, cache, lambda stage, done, total: None)
         *_, last = denoise(bundle, load, "3s", text, settings)
-        assert last.latents.shape == (1, 13, 16, 8, 12) and np.isfinite(last.latents).all()
-        return last.latents.copy()
+        x = last.step.latents
+        assert x.shape == (1, 13, 16, 8, 12) and np.isfinite(x).all()
+        return x
 
     return run
 
@@ -171,23 +173,8 @@ def test_samplers_and_guidance_make_a_difference(latents: Callable[..., NDArray[
         assert np.abs(latents(**other) - usual).max() > 1e-4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
-def test_a_full_disk_leaves_the_videos_before_it(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
-    # The kernel's own error: the place beside the second video leads to the device that is always full.
-    out = tmp_path / "out"
-    (out / "both-002").mkdir(parents=True)
-    (out / f"both-002/.video.mp4.{os.getpid()}.partial.mp4").symlink_to("/dev/full")
-    both = storyboard(tmp_path / "both.jsonl", BEAR, MOUSE)
-    code, stdout, err = run("sample", both, "--bundle", shared_bundle, "--output-dir", out, "--num-steps", 1)
-    assert (code, stdout) == (2, f"video: {out / 'both-001/video.mp4'}\n")
-    names(last_refusal(err), out / "both-002/video.mp4")
-    assert files_in(out) == ["both-001/video.json", "both-001/video.mp4"]
-    sidecar = json.loads((out / "both-001/video.json").read_bytes())
-    assert sidecar["sha256"] == sha256_of(out / "both-001/video.mp4")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interruption_leaves_nothing_behind(shared_bundle: Path, tmp_path: Path) -> None:
+def test_an_interruption_leaves_what_the_next_run_needs(shared_bundle: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle of decoding."""
     board = storyboard(tmp_path / "bear.json", BEAR * 3)
     command = [sys.executable, "cli.py", "sample", board, "--bundle", shared_bundle, "--output-dir", tmp_path / "out"]
@@ -205,9 +192,9 @@ def test_an_interruption_leaves_nothing_behind(shared_bundle: Path, tmp_path: Pa
         for line in process.stderr:
             seen.append(line)
             if line.startswith("decode: 3/"):
-                assert [path.name.count(".partial") for path in (tmp_path / "out/bear").iterdir()] == [1]
+                assert sum(path.name.count(".partial") for path in (tmp_path / "out/bear").iterdir()) == 1
                 process.send_signal(signal.SIGINT)
                 break
         stdout, rest = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, ""), "".join(seen) + rest
-    assert TRACE not in rest and files_in(tmp_path / "out") == []
+    assert TRACE not in rest and files_in(tmp_path / "out") == ["bear/latents.safetensors", "bear/run.json"]

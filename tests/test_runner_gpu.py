@@ -20,8 +20,8 @@ from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle, open_bundle
 from ttt_video_engine.runtime.errors import BackendError
-from ttt_video_engine.runtime.pipeline import decode
 from ttt_video_engine.runtime.runner import TensorSpec
+from ttt_video_engine.runtime.stages import decode
 
 Floats = NDArray[np.float32]
 

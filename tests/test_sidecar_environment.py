@@ -29,7 +29,7 @@ def test_a_sidecar_where_onnxruntime_comes_from_another_distribution(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    monkeypatch.setattr("ttt_video_engine.runtime.pipeline.version", installed, raising=False)
+    monkeypatch.setattr("ttt_video_engine.runtime.jobs.version", installed, raising=False)
     board = tmp_path / "bear.json"
     board.write_text(json.dumps([{"text": "A bear."}]))
     out = tmp_path / "out"

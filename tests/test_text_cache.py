@@ -4,19 +4,17 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime import text_cache
-from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
-from ttt_video_engine.runtime.pipeline import encode_prompts, prepare_jobs
-from ttt_video_engine.runtime.runner import RunnerLoader
-from ttt_video_engine.runtime.settings import Settings
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, TOKENIZER, open_bundle
+from ttt_video_engine.runtime.stages import encode_prompts
 from ttt_video_engine.runtime.storyboard import load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
+from ttt_video_engine.runtime.tokenizer import SceneTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 IDS = np.array([5, 6, 7])
@@ -85,10 +83,11 @@ def test_the_encoder_is_loaded_only_for_what_is_new(shared_bundle: Path, tmp_pat
     def encode(texts: list[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         board = tmp_path / "board.json"
         board.write_text(json.dumps([{"text": text} for text in texts]))
-        jobs = prepare_jobs(bundle, load_storyboards(board), Settings(), tmp_path / "out", overwrite=False)
+        (loaded,) = load_storyboards(board)
+        tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
+        prompts = tokenizer.encode(loaded, bundle.manifest.model.text_lengths["9s"])
         cache = TextCache(tmp_path / "text", bundle.component_digest(TEXT_ENCODER))
-        ((text, _),) = encode_prompts(cast(RunnerLoader, load), jobs, cache, lambda *_: None)
-        return text
+        return encode_prompts(load, prompts, cache)
 
     scenes = ["A bear bakes bread.", "The bread rises.", "A mouse tastes it."]
     first = encode(scenes)

@@ -1,0 +1,36 @@
+"""Standard output and error that may be closed or full: what cannot be said is dropped, and the work goes on."""
+
+import os
+from contextlib import suppress
+from typing import Any, TextIO
+
+
+class LossyStream:
+    """A text stream whose writes never fail. `failed` says that something was dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failed = False
+
+    def write(self, text: str) -> int:
+        """Writes at once."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _drop(self) -> None:
+        self.failed = True
+        # What the stream still holds would fail again when Python exits.
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)

@@ -1,0 +1,149 @@
+"""Where a render is after a step, in a file from which it goes on as if there had been no pause.
+
+A sampler's step depends on the latents, on the x0 of the step before and, where it adds noise, on the generator.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from ttt_video_engine.runtime.errors import DamagedFile, OutputError
+from ttt_video_engine.runtime.files import atomic_write
+from ttt_video_engine.runtime.sampler import Array, Step
+from ttt_video_engine.runtime.tensor_file import load_tensors, save_tensors
+
+LATENTS, HISTORY = "latents.safetensors", "history.json"
+KEPT = 2
+"""States that a folder holds: the newest, and the one before it in case the newest is damaged."""
+
+_STATE = re.compile(r"state-(\d{4,})\.safetensors", re.ASCII)
+
+
+class History(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of all processes that worked on a video: seconds by stage, and the steps that were done at each resumption."""
+
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    resumed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class StepState:
+    """A step that was done, and the state of the noise's generator after it, as numpy gives it."""
+
+    step: Step
+    generator: dict[str, Any]
+    history: History = field(default_factory=History)
+
+    @property
+    def steps_done(self) -> int:
+        return self.step.index + 1
+
+
+def new_generator(seed: int) -> np.random.Generator:
+    """The source of a video's noise."""
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def restored_generator(state: dict[str, Any]) -> np.random.Generator:
+    """A generator that goes on where another was. Raises ValueError, TypeError or KeyError where `state` is none."""
+    generator = new_generator(0)
+    generator.bit_generator.state = state
+    return generator
+
+
+def state_path(folder: Path, steps_done: int) -> Path:
+    return folder / f"state-{steps_done:04d}.safetensors"
+
+
+def states_in(folder: Path) -> dict[int, Path]:
+    """The state files of a folder by the number of steps done, the newest first."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = {int(match[1]): path for path in paths if (match := _STATE.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def save_state(folder: Path, state: StepState, run: str) -> None:
+    """Adds a state to the folder, then removes all but the newest two. `run` is the digest of what is rendered.
+
+    Raises OutputError, which names the state that is kept, where the disk is full or fails.
+    """
+    step = state.step
+    facts = {
+        "run": run,
+        "steps_done": state.steps_done,
+        "num_steps": step.num_steps,
+        "timestep": step.timestep,
+        "guidance": step.guidance,
+        "generator": state.generator,
+        "history": msgspec.to_builtins(state.history),
+    }
+    try:
+        save_tensors(state_path(folder, state.steps_done), {"latents": step.latents, "denoised": step.denoised}, facts)
+    except OutputError as error:
+        kept = next(iter(states_in(folder).values()), None)
+        raise OutputError(f"{error} ({f'{kept.name} is kept' if kept else 'no earlier step is kept'})") from error
+    for path in list(states_in(folder).values())[KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def load_state(path: Path, shape: tuple[int, ...], run: str) -> StepState:
+    """The state in a file. Raises DamagedFile where it is not as it was saved, or belongs to another render."""
+    arrays, facts = load_tensors(path, {"latents": shape, "denoised": shape})
+    _check_run(path, facts, run)
+    try:
+        restored_generator(facts["generator"])
+        step = Step(
+            index=facts["steps_done"] - 1,
+            num_steps=facts["num_steps"],
+            timestep=facts["timestep"],
+            guidance=facts["guidance"],
+            **arrays,
+        )
+        return StepState(step, facts["generator"], msgspec.convert(facts["history"], History))
+    except (KeyError, ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
+        raise DamagedFile(f"{path}: is damaged ({error})") from error
+
+
+def usable_states(folder: Path, shape: tuple[int, ...], run: str) -> Iterator[StepState | DamagedFile]:
+    """What comes of every state file, the newest first: the state, or what is wrong with it."""
+    for path in states_in(folder).values():
+        try:
+            yield load_state(path, shape, run)
+        except DamagedFile as error:
+            yield error
+
+
+def save_latents(folder: Path, latents: Array, history: History, run: str) -> None:
+    """Writes the finished latents, whose file has the same bytes however often the render was interrupted.
+
+    Their history goes into a file of its own before. Raises OutputError where the disk is full or fails.
+    """
+    with atomic_write(folder / HISTORY) as partial:
+        partial.write_bytes(msgspec.json.encode(history) + b"\n")
+    save_tensors(folder / LATENTS, {"latents": latents}, {"run": run})
+
+
+def load_latents(folder: Path, shape: tuple[int, ...], run: str) -> Array:
+    """Finished latents. Raises DamagedFile as `load_state` does."""
+    arrays, facts = load_tensors(folder / LATENTS, {"latents": shape})
+    _check_run(folder / LATENTS, facts, run)
+    return arrays["latents"]
+
+
+def load_history(folder: Path) -> History:
+    """The history of finished latents; an empty one where it is missing or damaged, as nothing depends on it."""
+    try:
+        return msgspec.json.decode((folder / HISTORY).read_bytes(), type=History)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return History()
+
+
+def _check_run(path: Path, facts: Any, run: str) -> None:
+    if not isinstance(facts, dict) or facts.get("run") != run:
+        raise DamagedFile(f"{path}: belongs to another render than run.json")

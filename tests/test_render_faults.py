@@ -1,0 +1,140 @@
+"""Disks that are full or fail, places that cannot be written, and a terminal that is gone."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from messages import names
+from stand_in import board, files_in, products, render, steps_of, storyboard_file
+
+from ttt_video_engine.runtime.errors import OutputError
+from ttt_video_engine.runtime.events import Event, VideoDone, VideoFailed
+from ttt_video_engine.runtime.step_state import states_in
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("text.safetensors", "state-0001", "state-0003", "latents.safetensors", "video.json")
+
+
+def fail_writes(patch: pytest.MonkeyPatch, target: str, code: int) -> None:
+    """`write` on the file beside `target` fails."""
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if path.name.startswith(f".{target}"):
+            real(path, data[: len(data) // 2])
+            raise OSError(code, os.strerror(code))
+        return real(path, data)
+
+    patch.setattr(Path, "write_bytes", write_bytes)
+
+
+def fail_fsync(patch: pytest.MonkeyPatch, target: str, code: int) -> None:
+    """`fsync` of the file beside `target` fails."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if f"/.{target}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("fail", [fail_writes, fail_fsync])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_disk_that_fails_is_no_success_and_loses_a_step_at_most(
+    shared_bundle: Path, tmp_path: Path, target: str, fail: Callable[[pytest.MonkeyPatch, str, int], None], code: int
+) -> None:
+    render(shared_bundle, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, target, code)
+        failed = render(shared_bundle, tmp_path / "cut")["bear"]
+    assert isinstance(failed, VideoFailed) and isinstance(failed.error, OutputError)
+    names(failed.message, next(name for name in NAMES if name.startswith(target)))
+    if target == "state-0003":
+        names(failed.message, "state-0002.safetensors")
+    left = files_in(tmp_path / "cut/bear")
+    assert "error.json" in left and "video.json" not in left and not [name for name in left if ".partial" in name]
+    expected = {"text": [], "stat": [1, 2][: int(target[-1]) - 1 if target[-1].isdigit() else 2]}.get(target[:4], [])
+    assert sorted(states_in(tmp_path / "cut/bear")) == (expected if target != "latents.safetensors" else [2, 3])
+    events: list[Event] = []
+    assert isinstance(render(shared_bundle, tmp_path / "cut", on_event=events.append)["bear"], VideoDone)
+    assert len(steps_of(events)) <= {"text": 4, "stat": 4, "late": 1, "vide": 0}[target[:4]]
+    assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")
+
+
+NAMES = [f"state-000{number}.safetensors" for number in (1, 3)] + list(TARGETS)
+
+_Usage = namedtuple("_Usage", "total used free")
+
+
+def test_too_little_space_for_all_videos_is_refused_before_the_first(
+    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage(1 << 40, 1 << 40, 1_500_000))
+    assert isinstance(render(shared_bundle, tmp_path / "one")["bear"], VideoDone)
+    with pytest.raises(OutputError, match="GB free"):
+        render(shared_bundle, tmp_path / "many", *(board(f"v{number}") for number in range(20)))
+    assert not (tmp_path / "many").exists()
+
+
+def test_a_disk_that_others_fill_ends_with_the_last_state_kept(
+    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by the check before a state is written, so nothing of it is."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage(1 << 40, 0, 0 if len(full) == 2 else 1 << 30))
+    full: list[Event] = []
+    failed = render(shared_bundle, tmp_path, on_event=lambda event: full.append(event) if steps_of([event]) else None)[
+        "bear"
+    ]
+    assert isinstance(failed, VideoFailed)
+    names(failed.message, "state-0002.safetensors")
+    assert sorted(states_in(tmp_path / "bear")) == [1, 2]
+
+
+@pytest.mark.parametrize("place", ["output", "folder", "mp4 is a folder", "folder is a file"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(
+    shared_bundle: Path, tmp_path: Path, place: str
+) -> None:
+    out = tmp_path / "out"
+    named = out / "bear"
+    if place == "output":
+        named = out
+        out.symlink_to(tmp_path / "absent")
+    else:
+        out.mkdir()
+        if place == "folder":
+            named.symlink_to(tmp_path / "absent")
+        elif place == "folder is a file":
+            named.write_text("mine")
+        else:
+            named = out / "bear/video.mp4"
+            named.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError) as refused:
+        render(shared_bundle, out)
+    names(str(refused.value), named)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def command(bundle: Path, tmp_path: Path) -> list[str]:
+    file = storyboard_file(tmp_path / "many.jsonl", [{"text": "A"}], [{"text": "B"}])
+    out = ("--output-dir", tmp_path / "out", "--num-steps", "1")
+    return [sys.executable, "cli.py", "sample", *map(str, (file, "--bundle", bundle, *out))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
+@pytest.mark.parametrize(("redirection", "code"), [("2>/dev/full", 0), (">/dev/full", 1), ("| true", 0), (">&-", 1)])
+def test_nobody_to_tell_ends_no_batch(shared_bundle: Path, tmp_path: Path, redirection: str, code: int) -> None:
+    """The code says where what standard output should have held is lost; a shell's is that of the pipe's end."""
+    line = '"$@" ' + redirection
+    done = subprocess.run(["sh", "-c", line, "sh", *command(shared_bundle, tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == code
+    assert sorted(path.parent.name for path in tmp_path.rglob("video.json")) == ["many-001", "many-002"]

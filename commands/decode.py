@@ -12,16 +12,18 @@ from ttt_video_engine.commands.loaders import make_loader
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
 from ttt_video_engine.engines.onnxruntime import ProviderName
-from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, open_bundle
+from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, Bundle, latent_shape, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
-from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import check_folder
 from ttt_video_engine.runtime.frame_range import FrameRange
-from ttt_video_engine.runtime.latents_file import LATENTS, read_latents
-from ttt_video_engine.runtime.pipeline import VIDEO
-from ttt_video_engine.runtime.pipeline import decode as decode_windows
 from ttt_video_engine.runtime.png_sequence import check_png_folder, write_pngs
+from ttt_video_engine.runtime.render_folder import VIDEO
+from ttt_video_engine.runtime.run_record import RECORD, RunRecord, read_record
 from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.stages import Floats
+from ttt_video_engine.runtime.stages import decode as decode_windows
+from ttt_video_engine.runtime.step_state import LATENTS, load_latents
 from ttt_video_engine.runtime.video import Codec, VideoFormat, write_video
 
 Windows = Iterator[NDArray[np.uint8]]
@@ -33,7 +35,9 @@ def decode(
     output: Annotated[
         Path | None, typer.Option(help="The mp4; replaced where it exists.", show_default=f"RUN/{VIDEO}")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.", show_default="16")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the mp4.", show_default="the render's")
+    ] = None,
     crf: Annotated[
         int | None, typer.Option(help="Quality: lower is better and larger.", show_default="18, 20 or 30 by codec")
     ] = None,
@@ -60,11 +64,12 @@ def decode(
     if png_sequence is not None:
         _refuse_mp4_options({"--output": output, "--fps": fps, "--crf": crf, "--codec": codec})
     opened = open_bundle(bundle)
-    defaults, model = opened.manifest.defaults, opened.manifest.model
-    video_format = VideoFormat(defaults.fps if fps is None else fps, crf, codec or "h264")
-    loader = make_loader(opened, engine, provider, gpu_memory, low_memory=defaults.low_memory)
-    latents = read_latents(run / LATENTS, opened)
-    size = model.clip_size(latents.length)
+    record, model = _record(run, opened), opened.manifest.model
+    settings = record.settings
+    video_format = VideoFormat(settings.fps if fps is None else fps, crf, codec or "h264")
+    loader = make_loader(opened, engine, provider, gpu_memory, low_memory=settings.low_memory)
+    latents = _latents(run, opened, record)
+    size = model.clip_size(record.length)
     wanted = FrameRange.parse(frames or ":", model.num_video_frames(size))
     target = png_sequence or output or run / (VIDEO if frames is None else f"video-{wanted.start}-{wanted.stop}.mp4")
     if png_sequence is not None:
@@ -74,13 +79,35 @@ def decode(
     opened.check()
     loader.check([VAE_FIRST, VAE_NEXT])
     with ProgressDisplay() as display:
-        windows = decode_windows(opened, loader, latents.values)
+        windows = decode_windows(opened, loader, latents)
         counted = _count(windows, wanted.num_windows(model, size), display.update)
         if png_sequence is not None:
             write_pngs(target, wanted.select(counted), wanted.start)
         else:
             write_video(target, wanted.select(counted), video_format, width=model.width, height=model.height)
     typer.echo(f"{'video' if png_sequence is None else 'frames'}: {target}")
+
+
+def _record(run: Path, bundle: Bundle) -> RunRecord:
+    """What the render was begun with. Raises OutputError where the folder has none, or names another bundle."""
+    record = read_record(run)
+    if record is None:
+        raise OutputError(f"{run}: is not the folder of a render ({RECORD} is missing)")
+    if record.bundle.sha256 != bundle.sha256:
+        raise OutputError(
+            f"{run}: was rendered with bundle {record.bundle.sha256}, {bundle.root} is {bundle.sha256}; "
+            "give the --bundle that it was rendered with"
+        )
+    return record
+
+
+def _latents(run: Path, bundle: Bundle, record: RunRecord) -> Floats:
+    """The finished latents [1, T, C, H, W]. Raises OutputError where they are missing, DamagedFile where damaged."""
+    if not (run / LATENTS).exists():
+        raise OutputError(f"{run / LATENTS}: is missing; render with ttt-video sample --keep-latents first")
+    model = bundle.manifest.model
+    shape = (1, *latent_shape(model, model.clip_size(record.length)))
+    return load_latents(run, shape, record.digest)
 
 
 def _refuse_mp4_options(options: dict[str, object]) -> None:

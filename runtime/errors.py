@@ -45,10 +45,6 @@ class OutputError(TTTVideoError):
     """A file or folder that cannot be written: it exists already, or the disk is full."""
 
 
-class StateError(TTTVideoError):
-    """What an earlier run kept is missing, damaged, too new, or not for what is asked of it."""
-
-
 class DamagedFile(TTTVideoError):
     """A file of a render that is not as it was written, or belongs to another render."""
 

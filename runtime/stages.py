@@ -24,7 +24,7 @@ from ttt_video_engine.runtime.bundle import (
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.errors import NumericsError
-from ttt_video_engine.runtime.runner import AnyArray, Runner, RunnerLoader
+from ttt_video_engine.runtime.runner import HostOrDeviceArray, Runner, RunnerLoader
 from ttt_video_engine.runtime.sampler import sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Settings
@@ -58,7 +58,7 @@ class _Borrowed:
 
     _runner: Runner
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> Mapping[str, AnyArray]:
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> Mapping[str, HostOrDeviceArray]:
         return self._runner.run(inputs)
 
     def __enter__(self) -> Self:

@@ -13,8 +13,8 @@ from ttt_video_engine.runtime.bundle import latent_shape, open_bundle
 from ttt_video_engine.runtime.contact_sheet import draw_contact_sheet, draw_preview, scene_frames
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.pipeline import decode
 from ttt_video_engine.runtime.preview import preview_frames
+from ttt_video_engine.runtime.stages import decode
 
 Frames = NDArray[np.uint8]
 

@@ -20,8 +20,12 @@ from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, latent_shape, o
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.frame_range import FrameRange
-from ttt_video_engine.runtime.latents_file import LATENTS, Latents, write_latents
-from ttt_video_engine.runtime.pipeline import decode as decode_windows
+from ttt_video_engine.runtime.run_record import RECORD, BundleRecord, RunRecord, write_record
+from ttt_video_engine.runtime.settings import Settings
+from ttt_video_engine.runtime.stages import decode as decode_windows
+from ttt_video_engine.runtime.step_state import LATENTS
+from ttt_video_engine.runtime.storyboard import Scene
+from ttt_video_engine.runtime.tensor_file import save_tensors
 
 Run = Callable[..., tuple[int, str, str]]
 Frames = NDArray[np.uint8]
@@ -37,7 +41,11 @@ def kept(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = (1, *latent_shape(model, model.clip_size("3s")))
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     folder = tmp_path_factory.mktemp("kept")
-    write_latents(folder / LATENTS, Latents(values, "3s", bundle.sha256))
+    made_by = BundleRecord(sha256=bundle.sha256, preset="tiny", ttt="linear", dtype="float32")
+    scenes, settings = (Scene("A bear bakes bread."),), Settings()
+    record = RunRecord(length="3s", scenes=scenes, settings=settings, bundle=made_by, environment={}, versions={})
+    write_record(folder, record)
+    save_tensors(folder / LATENTS, {"latents": values}, {"run": record.digest})
     np.save(folder / "values.npy", values)
     return folder
 
@@ -54,7 +62,8 @@ def render(kept: Path, tmp_path: Path) -> Path:
     """The folder, to change at will."""
     folder = tmp_path / "render"
     folder.mkdir()
-    shutil.copy(kept / LATENTS, folder / LATENTS)
+    for name in (LATENTS, RECORD):
+        shutil.copy(kept / name, folder / name)
     return folder
 
 
@@ -76,7 +85,7 @@ def test_a_video_in_the_place_of_another_any_number_of_times(run: Run, shared_bu
         assert (code, out) == (0, f"video: {video}\n"), err
         digests.add(sha256_of(video))
     assert len(digests) == 1
-    assert files_in(render) == [LATENTS, "video.mp4"]
+    assert files_in(render) == [LATENTS, RECORD, "video.mp4"]
     with av.open(video) as container:
         stream = container.streams.video[0]
         assert isinstance(stream, VideoStream)
@@ -93,7 +102,7 @@ def test_every_option_of_the_mp4_arrives(run: Run, shared_bundle: Path, render: 
         stream = container.streams.video[0]
         assert isinstance(stream, VideoStream)
         assert (stream.codec_context.name, stream.frames, stream.average_rate) == ("hevc", NUM_FRAMES, Fraction(24))
-    assert files_in(render) == [LATENTS]
+    assert files_in(render) == [LATENTS, RECORD]
 
 
 def test_some_frames_are_those_of_the_whole_video(run: Run, shared_bundle: Path, render: Path, whole: Frames) -> None:
@@ -105,7 +114,7 @@ def test_some_frames_are_those_of_the_whole_video(run: Run, shared_bundle: Path,
     for index, frame in enumerate(found):
         distances = [np.abs(frame - other).mean() for other in whole]
         assert int(np.argmin(distances)) == 12 + index
-    assert files_in(render) == [LATENTS, "video-12-20.mp4"]
+    assert files_in(render) == [LATENTS, RECORD, "video-12-20.mp4"]
 
 
 def test_png_files_hold_every_byte(run: Run, shared_bundle: Path, render: Path, whole: Frames, tmp_path: Path) -> None:
@@ -117,7 +126,7 @@ def test_png_files_hold_every_byte(run: Run, shared_bundle: Path, render: Path, 
         np.testing.assert_array_equal(np.asarray(Image.open(folder / f"{number:06}.png")), whole[number])
     message = refusal(run("decode", render, "--bundle", shared_bundle, "--png-sequence", folder))
     names(message, folder)
-    assert files_in(render) == [LATENTS]
+    assert files_in(render) == [LATENTS, RECORD]
 
 
 def test_only_what_is_wanted_is_decoded(shared_bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +197,8 @@ def test_another_bundle_is_refused(run: Run, bundle: Path, render: Path) -> None
     manifest["defaults"]["fps"] = 24
     (bundle / "bundle.json").write_text(json.dumps(manifest))
     message = refusal(run("decode", render, "--bundle", bundle))
-    names(message, render / LATENTS, made_with, bundle, sha256_of(bundle / "bundle.json"))
-    assert files_in(render) == [LATENTS]
+    names(message, render, made_with, bundle, sha256_of(bundle / "bundle.json"))
+    assert files_in(render) == [LATENTS, RECORD]
 
 
 @pytest.mark.parametrize(
@@ -217,12 +226,18 @@ def test_wrong_options_are_refused(
 ) -> None:
     monkeypatch.chdir(render)
     names(refusal(run("decode", render, "--bundle", shared_bundle, *options)), *values)
-    assert files_in(render) == [LATENTS]
+    assert files_in(render) == [LATENTS, RECORD]
 
 
 def test_a_folder_without_latents_is_refused(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
-    names(refusal(run("decode", tmp_path / "none", "--bundle", shared_bundle)), tmp_path / "none" / LATENTS)
+    names(refusal(run("decode", tmp_path / "none", "--bundle", shared_bundle)), tmp_path / "none", RECORD)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_render_without_latents_is_refused(run: Run, shared_bundle: Path, render: Path) -> None:
+    (render / LATENTS).unlink()
+    names(refusal(run("decode", render, "--bundle", shared_bundle)), render / LATENTS, "--keep-latents")
+    assert files_in(render) == [RECORD]
 
 
 def test_a_decode_that_fails_leaves_the_video_before(
@@ -230,9 +245,9 @@ def test_a_decode_that_fails_leaves_the_video_before(
 ) -> None:
     video = render / "video.mp4"
     video.write_bytes(b"the video before")
-    monkeypatch.setattr("ttt_video_engine.runtime.pipeline.VAE_NEXT", "no-such-graph")
+    monkeypatch.setattr("ttt_video_engine.runtime.stages.VAE_NEXT", "no-such-graph")
     code, out, err = run("decode", render, "--bundle", shared_bundle)
     assert (code, out) == (2, "")
     names(last_refusal(err), "no-such-graph")
     assert video.read_bytes() == b"the video before"
-    assert files_in(render) == [LATENTS, "video.mp4"]
+    assert files_in(render) == [LATENTS, RECORD, "video.mp4"]

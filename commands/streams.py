@@ -2,18 +2,26 @@
 
 import os
 from contextlib import suppress
+from io import StringIO
 from typing import Any, TextIO
 
 
 class LossyStream:
-    """A text stream whose writes never fail. `failed` says that something was dropped."""
+    """A text stream whose writes never fail. `failed` says that something was dropped.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    `stream` is None where the process was started without it.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._missing = stream is None
+        self._stream = StringIO() if stream is None else stream
         self.failed = False
 
     def write(self, text: str) -> int:
         """Writes at once."""
+        self.failed |= self._missing
+        if self._missing:
+            return len(text)
         try:
             self._stream.write(text)
             self._stream.flush()

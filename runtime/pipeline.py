@@ -107,12 +107,15 @@ class Pipeline:
                 raise _CallerFailed(error) from error
 
         queue = Queue(self._bundle, self._load, self._cache, options, emit, self._draw_contact_sheet)
+        of_caller: Exception | None = None
         try:
             _Run(queue, outcomes).all_phases(jobs)
         except StopRendering:
             pass
         except _CallerFailed as failed:
-            raise failed.error from None
+            of_caller = failed.error
+        if of_caller is not None:  # raised here, as its carrier, which has it for a cause, must not become its context
+            raise of_caller
         return outcomes
 
 
@@ -180,7 +183,9 @@ class _Run:
 
 def _free_frames(error: BaseException | None) -> None:
     """Lets go of the arrays and engines that the trace of an error holds, while keeping the trace."""
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 

@@ -149,8 +149,9 @@ def test_what_the_caller_raises_is_not_taken_for_a_failure_of_the_video(shared_b
         if isinstance(event, StepDone):
             raise KeyError("the caller's own")
 
-    with pytest.raises(KeyError, match="the caller's own"):
+    with pytest.raises(KeyError, match="the caller's own") as raised:
         render(shared_bundle, tmp_path, on_event=on_event)
+    assert raised.value.__context__ is None and raised.value.__cause__ is None, "nothing that leads round in a circle"
     assert "error.json" not in files_in(tmp_path / "bear")
 
 

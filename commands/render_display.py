@@ -17,6 +17,7 @@ from ttt_video_engine.runtime.events import (
     DecodeStarted,
     Event,
     Outcome,
+    PreviewWritten,
     RenderWarning,
     StepDone,
     TextEncoded,
@@ -59,6 +60,8 @@ class RenderDisplay:
                     update("denoise", event.steps_done, event.num_steps)
             case StepDone():
                 update("denoise", event.steps_done, event.num_steps)
+            case PreviewWritten():
+                line(f"preview after step {event.steps_done}: {event.path}")
             case DecodeStarted():
                 if self._several:
                     line(f"{event.video}: decoding")

@@ -10,13 +10,12 @@ import onnxruntime as ort
 import typer
 from msgspec.structs import replace
 
+from ttt_video_engine.commands.loaders import make_loader
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
 from ttt_video_engine.commands.streams import LossyStream
-from ttt_video_engine.engines.onnxruntime import PROVIDERS, OnnxRuntimeLoader, ProviderName, available_providers
-from ttt_video_engine.engines.tensorrt.checks import parse_memory
-from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
+from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
 from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
@@ -77,6 +76,12 @@ def sample(
     stop_after: Annotated[
         int | None, typer.Option(help="Stop each video when so many steps are done.", min=1, rich_help_panel=_GOING_ON)
     ] = None,
+    preview_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps from one preview.png to the next.", min=1, rich_help_panel=_FILES
+        ),
+    ] = None,
     keep_latents: Annotated[
         bool, typer.Option(help="Keep the finished latents beside the video.", rich_help_panel=_FILES)
     ] = True,
@@ -93,10 +98,6 @@ def sample(
 ) -> None:
     """Render the videos of storyboard files. The same command again goes on where it was."""
 
-    if engine == "tensorrt" and provider is not None:
-        raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
-    if engine != "tensorrt" and gpu_memory is not None:
-        raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
     boards = [board for path in storyboards for board in load_storyboards(path)]
     if length is not None:
         check_length(boards, length)
@@ -104,7 +105,7 @@ def sample(
     opened = open_bundle(bundle)
     settings = opened.manifest.defaults
     low_memory = low_memory or settings.low_memory
-    loader = _loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
+    loader = make_loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
     opened.check()
     asked = {
         "num_steps": num_steps,
@@ -118,7 +119,9 @@ def sample(
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider))
     jobs = pipeline.prepare(boards, settings, output_dir, overwrite=overwrite)
-    options = RenderOptions(checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after)
+    options = RenderOptions(
+        checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
+    )
     _render(pipeline, jobs, options, log_json)
 
 
@@ -197,15 +200,3 @@ def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | No
         width=bundle.manifest.model.text_encoder.d_model,
         verify=lambda: bundle.verify_component(TEXT_ENCODER),
     )
-
-
-def _loader(
-    bundle: "Bundle", engine: BackendName, provider: ProviderName | None, gpu_memory: str | None, *, low_memory: bool
-) -> "OnnxRuntimeLoader | TensorRTLoader":
-    if engine == "onnxruntime":
-        from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
-
-        return OnnxRuntimeLoader(bundle, provider=provider)
-
-    limit = None if gpu_memory is None else parse_memory(gpu_memory)
-    return TensorRTLoader(bundle, low_memory=low_memory, gpu_memory=limit)

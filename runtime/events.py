@@ -60,6 +60,14 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class PreviewWritten(Event):
+    """A picture of the video as the model predicts it after `steps_done` steps is on the disk."""
+
+    steps_done: int
+    path: Path
+
+
+@dataclass(frozen=True, eq=False)
 class DecodeStarted(Event):
     """Decoding starts: `num_windows` windows of frames."""
 

@@ -14,11 +14,13 @@ from msgspec.structs import replace as with_fields
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.bundle import TOKENIZER, Bundle
-from ttt_video_engine.runtime.contact_frames import DrawContactSheet, FramePicker, contact_indices
-from ttt_video_engine.runtime.errors import DamagedFile, OutputError
+from ttt_video_engine.runtime.contact_frames import FramePicker
+from ttt_video_engine.runtime.contact_sheet import draw_contact_sheet, draw_preview, scene_frames
+from ttt_video_engine.runtime.errors import DamagedFile, OutputError, TTTVideoError
 from ttt_video_engine.runtime.events import (
     DecodeStarted,
     OnEvent,
+    PreviewWritten,
     RenderWarning,
     StepDone,
     VideoDone,
@@ -27,7 +29,8 @@ from ttt_video_engine.runtime.events import (
     WindowDecoded,
 )
 from ttt_video_engine.runtime.jobs import Job
-from ttt_video_engine.runtime.render_folder import CONTACT, TEXT, VIDEO, begin, is_done, remove_states
+from ttt_video_engine.runtime.preview import preview_frames
+from ttt_video_engine.runtime.render_folder import CONTACT, PREVIEW, TEXT, VIDEO, begin, is_done, remove_states
 from ttt_video_engine.runtime.run_record import changes, read_record
 from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.sidecar import write_sidecar
@@ -49,18 +52,24 @@ from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.tokenizer import SceneTokenizer
 from ttt_video_engine.runtime.video import write_mp4
 
+CONTACT_COLUMNS = 4
+"""Frames of each scene on a contact sheet."""
+SCENE_FRAMES = 48
+"""Video frames of a scene: 12 latent frames of 4."""
+
 
 @dataclass(frozen=True)
 class RenderOptions:
     """How to render; none of it changes a video.
 
-    A state is written after every `checkpoint_every` steps. `stop_after` ends each video after that many steps in
-    total, with its state written.
+    A state is written after every `checkpoint_every` steps, and a preview after every `preview_every` steps.
+    `stop_after` ends each video after that many steps in total, with its state and a preview written.
     """
 
     checkpoint_every: int = 1
     keep_latents: bool = True
     stop_after: int | None = None
+    preview_every: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +81,6 @@ class Queue:
     cache: TextCache
     options: RenderOptions
     emit: OnEvent
-    draw_contact_sheet: DrawContactSheet | None = None
     tokenizer: SceneTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +145,8 @@ def run_steps(queue: Queue, job: Job, load: Load) -> None:
                     save_state(folder, state, digest)
                 raise
             before = now
+            if _previews(queue.options, done, stop, num_steps):
+                _write_preview(queue, job, load, state)
             if done == stop < num_steps:
                 queue.emit(VideoStopped(job.name, done, num_steps))
                 return
@@ -150,7 +160,7 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     latents, history = load_latents(folder, job.latent_shape, job.record.digest), load_history(folder)
     size = model.clip_size(job.length)
     num_windows = (size.num_frames - 1) // model.vae.temporal_window
-    picker = FramePicker(contact_indices(model.num_video_frames(size), size.num_scenes))
+    picker = FramePicker(scene_frames(size.num_scenes, model.num_video_frames(size), CONTACT_COLUMNS))
     start = perf_counter()
     queue.emit(DecodeStarted(job.name, num_windows))
 
@@ -161,9 +171,8 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
             queue.emit(WindowDecoded(job.name, done, num_windows, frames))
 
     num_frames = write_mp4(folder / VIDEO, windows(), width=model.width, height=model.height, fps=job.settings.fps)
-    if queue.draw_contact_sheet is not None:
-        captions = [scene.text for scene in job.storyboard.scenes]
-        queue.draw_contact_sheet(folder / CONTACT, picker.frames, captions, _footer(job))
+    seconds = SCENE_FRAMES / job.settings.fps
+    draw_contact_sheet(folder / CONTACT, picker.frames, _captions(job), _footer(job), scene_seconds=seconds)
     history = _after(history, "decode", perf_counter() - start)
     write_sidecar(job, model, num_frames, history, queue.load.environment(), _changes(job))
     remove_states(folder)
@@ -171,6 +180,27 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     if not queue.options.keep_latents:
         (folder / LATENTS).unlink(missing_ok=True)
     queue.emit(VideoDone(job.name, folder / VIDEO, history.seconds))
+
+
+def _previews(options: RenderOptions, done: int, stop: int, num_steps: int) -> bool:
+    every = options.preview_every
+    return done < num_steps and (done == stop or (every is not None and done % every == 0))
+
+
+def _write_preview(queue: Queue, job: Job, load: Load, state: StepState) -> None:
+    """One decoded frame of each scene as the model predicts it now. A preview that fails does not stop the render."""
+    title = f"{job.name}: step {state.steps_done} of {job.settings.num_steps}"
+    try:
+        frames = preview_frames(queue.bundle, load, state.step.denoised)
+        draw_preview(job.folder / PREVIEW, frames, _captions(job), title)
+    except (TTTVideoError, OSError) as error:
+        queue.emit(RenderWarning(job.name, f"{job.folder / PREVIEW}: no preview ({error})"))
+        return
+    queue.emit(PreviewWritten(job.name, state.steps_done, job.folder / PREVIEW))
+
+
+def _captions(job: Job) -> list[str]:
+    return [scene.text for scene in job.storyboard.scenes]
 
 
 def _has_latents(queue: Queue, job: Job) -> bool:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.contact_frames import DrawContactSheet
 from ttt_video_engine.runtime.errors import ConfigError, OutputError, RenderBusy
 from ttt_video_engine.runtime.events import (
     Event,
@@ -39,7 +38,7 @@ class Pipeline:
     """Renders storyboards with the graphs of a bundle.
 
     `load` gives the graphs to run. `cache` keeps embeddings from call to call; None keeps them for the videos of one
-    call only. `draw_contact_sheet` makes the picture beside each video; None makes none.
+    call only.
     """
 
     def __init__(
@@ -48,11 +47,9 @@ class Pipeline:
         load: RunnerLoader,
         *,
         cache: TextCache | None = None,
-        draw_contact_sheet: DrawContactSheet | None = None,
     ) -> None:
         self._bundle, self._load = bundle, load
         self._cache = cache or TextCache(None, "")
-        self._draw_contact_sheet = draw_contact_sheet
 
     def prepare(
         self, storyboards: Iterable[Storyboard], settings: Settings, output_dir: Path, *, overwrite: bool = False
@@ -106,7 +103,7 @@ class Pipeline:
             except Exception as error:
                 raise _CallerFailed(error) from error
 
-        queue = Queue(self._bundle, self._load, self._cache, options, emit, self._draw_contact_sheet)
+        queue = Queue(self._bundle, self._load, self._cache, options, emit)
         of_caller: Exception | None = None
         try:
             _Run(queue, outcomes).all_phases(jobs)
@@ -191,6 +188,7 @@ def _free_frames(error: BaseException | None) -> None:
 
 
 def _check_options(options: RenderOptions) -> None:
-    for name, value in (("checkpoint_every", options.checkpoint_every), ("stop_after", options.stop_after)):
+    for name in ("checkpoint_every", "stop_after", "preview_every"):
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value!r}: must be at least 1")

@@ -34,7 +34,7 @@ from ttt_video_engine.runtime.bundle import (
     open_bundle,
 )
 from ttt_video_engine.runtime.callbacks import Progress, Report
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_replaceable, check_space, sha256_of, writing
@@ -82,7 +82,7 @@ def export_bundle(
     with writing(output), export_lock(output):
         previous = _previous(output)
         has = () if previous is None else previous.manifest.lengths
-        lengths = sorted({*lengths, *has}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
+        lengths = sorted({*lengths, *has}, key=num_scenes)
         with _staging(output, previous, report) as stage:
             build = _Build(source, components, dtype, lengths, stage, report, extras.progress, extras.inline)
             build.check_space(output, extras.engines.gpus)
@@ -114,8 +114,16 @@ class _Build:
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
 
+    @property
+    def model(self) -> ModelConfig:
+        """The source's model, with the text length of every exported length stated.
+
+        Keys hold the source's own, so that another length leaves the graphs that are there as they are.
+        """
+        return self.source.model.stating(self.lengths)
+
     def __post_init__(self) -> None:
-        self._gate = Gate(self.source.model, self.components, self.dtype, self.stage.root / TOKENIZER)
+        self._gate = Gate(self.model, self.components, self.dtype, self.stage.root / TOKENIZER)
 
     def check_space(self, output: Path, gpus: Sequence[str]) -> None:
         """Raises OutputError unless the disk has room for all that may have to be written."""
@@ -148,7 +156,7 @@ class _Build:
         """Brings the weights of one component and its graphs into the stage, built or taken over."""
         file, entry = self._weights(name)
         module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
-        for graph in component_graphs(module, self.source.model, self.lengths, inline=self.inline):
+        for graph in component_graphs(module, self.model, self.lengths, inline=self.inline):
             key = graph_key(
                 self.source.model,
                 weights=entry.sha256,
@@ -177,7 +185,7 @@ class _Build:
         """What the stage holds; it then holds nothing else."""
         weights = {graph.weights for graph in self.graphs.values()}
         return Manifest(
-            model=self.source.model,
+            model=self.model,
             dtype=self.dtype,
             opset=OPSET,
             lengths=tuple(self.lengths),

@@ -16,7 +16,7 @@ from ttt_video_engine.planning.flops import VideoFlops, video_flops
 from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
 from ttt_video_engine.planning.shapes import file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.runtime.bundle import ENGINES, Bundle
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig
+from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.settings import BackendName
@@ -140,7 +140,7 @@ def settings_to_try(wanted: PlanInput) -> Iterator[MemorySettings]:
     With weights streamed, --low-memory would change nothing: the runner leaves room for both branches, as it has to
     set the budget before it can ask what one of them takes.
     """
-    asked, lengths = wanted.asked, sorted(wanted.model.text_lengths, key=lambda name: -SCENES_PER_LENGTH[name])
+    asked, lengths = wanted.asked, sorted(wanted.model.text_lengths, key=lambda name: -num_scenes(name))
     tensorrt = wanted.engine == "tensorrt"
     dtypes: list[DType] = [asked.dtype]
     if tensorrt and asked.dtype == "float32":

@@ -26,9 +26,7 @@ def plan(
     ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
     length: Annotated[
         str | None,
-        typer.Option(
-            help="Seconds, a multiple of 3 such as 9s.", show_default="9s, or the longest of the bundle"
-        ),
+        typer.Option(help="Seconds, a multiple of 3 such as 9s.", show_default="9s, or the longest of the bundle"),
     ] = None,
     scenes: Annotated[
         int | None,
@@ -55,7 +53,9 @@ def plan(
 
     exported = (preset, config, checkpoint, ttt, dtype, width, height)
     if bundle is not None and any(option is not None for option in exported):
-        raise ConfigError("--bundle says what was exported: give --length, --scenes, --num-steps, --engine, --gpu-memory only")
+        raise ConfigError(
+            "--bundle says what was exported: give --length, --scenes, --num-steps, --engine, --gpu-memory only"
+        )
     if engine == "onnxruntime" and gpu_memory is not None:
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
     if scenes is not None:

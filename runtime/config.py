@@ -219,8 +219,12 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         _require(channels == z, "transformer.in_channels", channels, f"must equal vae.z_channels {z}")
         _require(bool(self.text_lengths), "text_lengths", self.text_lengths, "must name a length")
         for length, tokens in self.text_lengths.items():
+            try:
+                num_scenes(length)
+            except ConfigError as error:
+                raise ConfigError(f"text_lengths: {error}") from error
             fits = MIN_TEXT_LENGTH <= tokens <= MAX_SIZE
-            _require(fits, f"text_lengths.{length[:20]}", tokens, f"must lie in {MIN_TEXT_LENGTH} … {MAX_SIZE}")
+            _require(fits, f"text_lengths.{length}", tokens, f"must lie in {MIN_TEXT_LENGTH} … {MAX_SIZE}")
             self.clip_size(length)
 
     def clip_size(self, length: LengthName) -> ClipSize:

@@ -1,6 +1,6 @@
 """Config files of the public TTT-Video code, as they are: what of them is ours, and what has no meaning here.
 
-The form is that of its `configs/eval/*.toml` and `configs/train/*.toml`; what each field does is seen in its `sample.py`.
+The form is that of its `configs/eval/*.toml` and `configs/train/*.toml`; its `sample.py` shows what each field does.
 """
 
 import re
@@ -41,7 +41,7 @@ _WHY = {
 
 SECTIONS = ("job", "model", "eval", "guider", "denoiser", "discretization", *_WHY)
 MLP_MINI_BATCH = 64
-"""Tokens: TTT-MLP is trained with these, and its kernel in the public code hard-codes them, yet the eval files say 16."""
+"""Tokens that TTT-MLP is trained with and that its public kernel hard-codes; the public eval files say 16."""
 
 
 class _Model(Struct, frozen=True):
@@ -140,7 +140,9 @@ def is_public(table: Mapping[str, Any]) -> bool:
 
 def with_placeholders_quoted(text: str) -> str:
     """The eval files hold lines such as `t5_model_dir = TODO`, for users to fill in, which is no TOML."""
-    return re.sub(r"(?m)^(\s*(?:t5_model_dir|vae_checkpoint_path|dataset_path|jsonl_paths)\s*=\s*)TODO\b", r'\1"TODO"', text)
+    return re.sub(
+        r"(?m)^(\s*(?:t5_model_dir|vae_checkpoint_path|dataset_path|jsonl_paths)\s*=\s*)TODO\b", r'\1"TODO"', text
+    )
 
 
 def export_table(table: Mapping[str, Any]) -> tuple[Table, list[str]]:

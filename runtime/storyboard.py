@@ -74,8 +74,8 @@ def length_of(storyboard: Storyboard, available: Collection[str]) -> str:
         return length
     rendered = " or ".join(f"{num_scenes(name)} ({name})" for name in sorted(available, key=num_scenes))
     raise StoryboardError(
-        f"{storyboard.source}: has {_scene_count(count)}, but the bundle renders {rendered or 'no length'}; {count} are "
-        f"added by `ttt-video export --length {length}` with the options that made the bundle, which keeps its weights"
+        f"{storyboard.source}: has {_scene_count(count)}, but the bundle renders {rendered or 'no length'}; to add "
+        f"{length}, run `ttt-video export --length {length}` with the options that made the bundle; weights stay"
     )
 
 
@@ -236,13 +236,13 @@ def _scene(value: object, where: str) -> Scene:
     if not isinstance(transition, bool | None):
         raise StoryboardError(f"{where}, requires_scene_transition: found {_shown(transition)}; must be true or false")
     return Scene(
-        text=_string(value["text"], f"{where}, text"),
+        text=check_text(value["text"], f"{where}, text"),
         requires_scene_transition=bool(transition),
-        neg_text="" if neg_text is None else _string(neg_text, f"{where}, neg_text"),
+        neg_text="" if neg_text is None else check_text(neg_text, f"{where}, neg_text"),
     )
 
 
-def _string(value: object, where: str) -> str:
+def check_text(value: object, where: str) -> str:
     """Text that the tokenizer can take. Control characters other than NUL are left to it: T5's drops them."""
     if not isinstance(value, str):
         raise StoryboardError(f"{where}: found {_shown(value)}; must be a string in quotes")

@@ -144,7 +144,7 @@ def test_every_field_that_is_ours_is_taken(write: Write) -> None:
         size='size = "debug"',
         ttt_base_lr="ttt_base_lr = 0.5",
         sampling_num_frames="sampling_num_frames = 25",
-        txt_maxlen="txt_maxlen = 84",
+        txt_maxlen="txt_maxlen = 88",
         image_width="image_width = 128",
         image_height="image_height = 64\nvae_scale_factor = 0.9\ndtype = 'float16'",
         shift_scale="shift_scale = 2.0",
@@ -154,7 +154,7 @@ def test_every_field_that_is_ours_is_taken(write: Write) -> None:
     assert found.model == replace(
         base,
         width=128,
-        text_lengths={"6s": 84},
+        text_lengths={"6s": 88},
         transformer=replace(base.transformer, ttt_base_lr=0.5),
         vae=replace(base.vae, scale_factor=0.9),
         diffusion=replace(base.diffusion, shift_scale=2.0),
@@ -173,7 +173,7 @@ def test_another_length_keeps_those_of_the_preset(write: Write) -> None:
 def test_options_go_before_the_file(write: Write) -> None:
     found = resolve_config(write(form()), preset="5B", lengths=["6s"], dtype="fp16", vae_scale_factor=0.7)
     assert (found.lengths, found.dtype, found.model.vae.scale_factor) == (("6s",), "float16", 0.7)
-    with refused_with(ConfigError, "mini_batch_size", 64, "mlp", "--ttt", "linear"):
+    with refused_with(ConfigError, "transformer.mini_batch_size", 64, "mlp", "--ttt", "linear"):
         resolve_config(write(form()), ttt="linear")
 
 

@@ -1,4 +1,4 @@
-# Needs nothing but Python 3.11 or newer: every target first makes .venv, once.
+# Needs only Python 3.11 or newer. The first target creates .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 VENV := .venv/installed
@@ -8,7 +8,7 @@ BUNDLE := bundles/tiny
 .DELETE_ON_ERROR:
 .PHONY: demo test bench bench-export clean
 
-demo: $(VENV)  ## tiny random weights, from export to mp4
+demo: $(VENV)  ## tiny preset with random weights: export and render
 	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
 	$(BIN)/ttt-video sample storyboards/kitchen-9s.json --bundle $(BUNDLE) --output-dir output --overwrite
 
@@ -22,7 +22,7 @@ test: $(VENV)
 bench: $(VENV)
 	$(BIN)/python benchmarks/run.py
 
-bench-export: $(VENV)  ## a full-size transformer, 34 GB of disk for a few minutes
+bench-export: $(VENV)  ## exports a full-size transformer; needs 34 GB of disk for a few minutes
 	$(BIN)/python benchmarks/export.py
 
 clean:
@@ -34,9 +34,9 @@ $(VENV): pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is missing or older than 3.11; run: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-# By itself and from wherever pip looks first, so that a CPU build at hand is taken and the rest is content with it.
+# Separately and without constraints, so that pip may choose a CPU build of the same version.
 	$(BIN)/pip install --quiet torch==2.13.0
-# Constraints do not reach into an isolated build, so the build uses the setuptools of the lock.
+# Constraints do not apply to an isolated build, so the package is built with the setuptools of the lock.
 	$(BIN)/pip install --quiet $(CONSTRAINTS) setuptools
 	$(BIN)/pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[all]'
 	@touch $@

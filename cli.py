@@ -1,6 +1,6 @@
-"""The command line, `ttt-video` or `python cli.py`: the one place that turns errors into a line and an exit code.
+"""The command line, `ttt-video` or `python cli.py`. Turns errors into one line and an exit code.
 
-Everything is imported inside `main`, so that Ctrl-C in the first second is caught too.
+All imports are inside `main`, so that Ctrl-C during an import is also caught.
 """
 
 import sys
@@ -11,7 +11,7 @@ PROGRAM = "ttt-video"
 def main() -> None:
     """Runs a command and exits.
 
-    Codes: 0 done, 1 a check failed, 2 wrong input or environment, 70 an error of the program, 130 stopped with Ctrl-C.
+    Exit codes: 0 success, 1 a check failed, 2 wrong input or environment, 70 a bug, 130 interrupted with Ctrl-C.
     """
     debug = "--debug" in sys.argv
     try:
@@ -20,14 +20,14 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(1)
-    # BaseException: a panic of a library in Rust is no Exception.
+    # BaseException: a panic of a Rust library is not an Exception.
     except BaseException as error:
-        # An import that Ctrl-C stops may raise an error of its own instead.
+        # An import that Ctrl-C interrupts may raise another error.
         sys.exit(130 if _from_interrupt(error) else _report_unexpected(error, debug))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    """The exit code, after an error is reported on standard error."""
+    """Runs a command and returns the exit code. Prints an error on standard error."""
     import typer
 
     from ttt_video_engine.commands.group import LazyGroup
@@ -37,7 +37,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return LazyGroup(PROGRAM).main(arguments, PROGRAM, standalone_mode=False) or 0
     except TTTVideoError as error:
         return _report(error, str(error), error.exit_code, debug)
-    except typer.TyperException as error:  # a command line that cannot be read
+    except typer.TyperException as error:  # an invalid command line
         message = f"{' '.join(error.format_message().split())} (see {PROGRAM} --help)"
         return _report(error, message, error.exit_code, debug)
     except ModuleNotFoundError as error:
@@ -59,7 +59,7 @@ def _report(error: BaseException, message: str, exit_code: int, debug: bool) -> 
 
 
 def _report_unexpected(error: BaseException, debug: bool) -> int:
-    """One line for what nothing else has turned into a message; the trace goes to a temporary file."""
+    """Prints one line about an unexpected error, and writes its traceback to a temporary file."""
     import tempfile
     import traceback
 
@@ -79,7 +79,7 @@ def _report_unexpected(error: BaseException, debug: bool) -> int:
 
 
 def _from_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is the error, or what led to it."""
+    """Whether the error is Ctrl-C or was caused by it."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

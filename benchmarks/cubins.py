@@ -1,4 +1,4 @@
-"""What the kernels take of every chip: registers, stack and shared memory at the sizes of the 5B model."""
+"""Registers, stack and shared memory of the compiled TTT kernels per GPU architecture, at the sizes of the 5B model."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from measure import print_row, table
 
 from ttt_video_engine.engines.kernels.compile import PRECISIONS, SHARED_MEMORY, NoKernel, compile_kernel
 
-SIZES = {"linear": 16, "mlp": 64}
+MINI_BATCH_SIZES = {"linear": 16, "mlp": 64}
 HEAD_DIM = 64
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     with TemporaryDirectory() as folder:
-        for op, mini_batch_size in SIZES.items():
+        for op, mini_batch_size in MINI_BATCH_SIZES.items():
             for dtype, precision in PRECISIONS[op].items():
                 for gpu in SHARED_MEMORY:
                     name = [f"TTT-{op}, C = {mini_batch_size}", dtype, precision, gpu]

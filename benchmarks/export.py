@@ -1,6 +1,7 @@
-"""The export of a full-size TTT-MLP transformer from a sharded bfloat16 checkpoint, both made here and deleted again.
+"""Measures the export of a full-size TTT-MLP transformer from a sharded bfloat16 checkpoint.
 
-The text encoder and the VAE decoder are small ones, so that what is measured is the transformer.
+The checkpoint and the bundle are created for the measurement and deleted after it. The text encoder and the VAE decoder
+are small, so that the transformer dominates.
 """
 
 import argparse
@@ -31,14 +32,14 @@ from ttt_video_engine.runtime.files import check_space
 from ttt_video_engine.runtime.presets import preset
 
 LENGTHS = ("3s", "63s")
-SHARD = 5 << 30
-CHUNK = 16 << 20
-PROBE = 4 << 30
-"""Bytes that the disk's own speed is measured with."""
+SHARD_BYTES = 5 << 30
+CHUNK_BYTES = 16 << 20
+PROBE_BYTES = 4 << 30
+"""Size of the file that the disk's speed is measured with."""
 
 WEIGHT_STD = 0.02
 MEMORY_LIMIT = 6.0
-"""GiB."""
+"""GiB, of the export process."""
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     if options.export is not None:
         export(options.folder, options.export)
         return
-    check_space(options.folder, {"checkpoint": 15 * 10**9, "bundle": 15 * 10**9, "probe": PROBE})
+    check_space(options.folder, {"checkpoint": 15 * 10**9, "bundle": 15 * 10**9, "probe": PROBE_BYTES})
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-export-") as folder:
         measure(Path(folder))
 
@@ -61,9 +62,9 @@ def measure(folder: Path) -> None:
     print_row([f"checkpoint of {size:,} bytes made in {perf_counter() - start:.0f} s"])
     rows, sizes = [], []
     for length in LENGTHS:
-        forget(folder / "checkpoint/transformer")
+        drop_page_cache(folder / "checkpoint/transformer")
         before = tree_size(folder / "bundle")
-        run = exported(folder, length)
+        run = measured_export(folder, length)
         sizes.append(tree_size(folder / "bundle") - before)
         limit = "met" if run.peak <= MEMORY_LIMIT else "missed"
         phases = [f"{run.seconds[phase]:.0f}" for phase in ("weights", "graph", "parity", "all")]
@@ -82,39 +83,39 @@ def measure(folder: Path) -> None:
 
 
 def disk_speed(path: Path) -> tuple[float, float]:
-    """Bytes a second, written to the disk and read from it, one after the other."""
-    chunk = os.urandom(CHUNK)
+    """Sequential write and read speed of the disk, in bytes per second."""
+    chunk = os.urandom(CHUNK_BYTES)
     start = perf_counter()
     with path.open("wb", buffering=0) as file:
-        for _ in range(PROBE // CHUNK):
+        for _ in range(PROBE_BYTES // CHUNK_BYTES):
             file.write(chunk)
         os.fsync(file.fileno())
-    written = PROBE / (perf_counter() - start)
-    forget(path)
+    written = PROBE_BYTES / (perf_counter() - start)
+    drop_page_cache(path)
     start = perf_counter()
     with path.open("rb", buffering=0) as file:
-        while file.read(CHUNK):
+        while file.read(CHUNK_BYTES):
             pass
-    read = PROBE / (perf_counter() - start)
+    read = PROBE_BYTES / (perf_counter() - start)
     path.unlink()
     return written, read
 
 
-def forget(path: Path) -> None:
-    """Drops files from the memory of the system, so that reading them means the disk."""
+def drop_page_cache(path: Path) -> None:
+    """Drops files from the page cache, so that reading them reads the disk."""
     for file in path.iterdir() if path.is_dir() else [path]:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_checkpoint(folder: Path) -> int:
-    """Random weights under the public code's names, in shards with an index; their bytes."""
+    """Writes random weights under the public code's names, in shards with an index. Returns their size in bytes."""
     folder.mkdir(parents=True)
     module = on_meta_device(lambda: DiffusionTransformer(model().transformer)).to(torch.bfloat16)
     state = {f"dit.{name}": value for name, value in module.state_dict().items()}
-    # Random numbers take longer than the disk: all weights are pieces of these.
+    # Drawing random numbers is slower than the disk, so all weights are slices of this block.
     block = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_STD).bfloat16()
-    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
     start = 0
     for file, names in split.filename_to_tensors.items():
         tensors = {}
@@ -141,7 +142,7 @@ def model() -> ModelConfig:
 
 @dataclass(frozen=True)
 class Source(SeededSource):
-    """The transformer from a checkpoint, the rest from a seed."""
+    """The transformer from a checkpoint, the other components from a seed."""
 
     folder: Path = Path()
 
@@ -151,27 +152,27 @@ class Source(SeededSource):
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds by phase of the transformer's export, and the peak of the process in GiB."""
+    """Seconds per phase of the transformer's export, and the peak memory of the process in GiB."""
 
     seconds: dict[str, float]
     peak: float
 
 
-def exported(folder: Path, length: str) -> Run:
-    """Exports in a process of its own."""
+def measured_export(folder: Path, length: str) -> Run:
+    """Exports in a subprocess."""
     command = [sys.executable, __file__, "--folder", str(folder), "--export", length]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Run(**json.loads(done.stdout))
 
 
 def export(folder: Path, length: str) -> None:
-    """Prints a `Run` as JSON. Phases are told from the lines that an export reports."""
+    """Exports, and prints a `Run` as JSON. The lines that the export reports separate the phases."""
     start = perf_counter()
     times: dict[str, float] = {}
 
     def report(line: str) -> None:
         print_row([f"{perf_counter() - start:6.1f} s", line])
-        for phase, mark in MARKS.items():
+        for phase, mark in PHASE_MARKS.items():
             if line.startswith("transformer") and mark in line:
                 times[phase] = perf_counter()
 
@@ -188,8 +189,8 @@ def export(folder: Path, length: str) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak_memory() / 2**30}))
 
 
-MARKS = {"weights": "bytes of weights", "graph": ": new", "parity": "too large", "done": ": parity"}
-"""Phase of the transformer's export → what the line has in it that begins it."""
+PHASE_MARKS = {"weights": "bytes of weights", "graph": ": new", "parity": "too large", "done": ": parity"}
+"""Phase of the transformer's export → text of the report line that begins it."""
 
 
 def tree_size(folder: Path) -> int:
@@ -210,7 +211,7 @@ def print_opening(bundle: Path) -> None:
     try:
         open_bundle(bundle).check()
     except BundleError:
-        print(f"Opened and checked in {opened * 1000:.1f} ms, a wrong one refused in", end=" ")
+        print(f"Opened and checked in {opened * 1000:.1f} ms, a damaged one refused in", end=" ")
         print(f"{(perf_counter() - start) * 1000:.1f} ms (limit 1 s: met).")
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of each component in ONNX Runtime, measured in a process of its own, beside what `plan` estimates."""
+"""Peak memory of each component in ONNX Runtime, measured in a subprocess, beside the estimate of `ttt-video plan`."""
 
 import argparse
 import subprocess
@@ -26,15 +26,15 @@ from ttt_video_engine.runtime.config import ModelConfig, TTTKind
 from ttt_video_engine.runtime.pipeline import decode
 
 CASES = (("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1))
-"""Components, and the branches of guidance in a batch: one with --low-memory."""
+"""(component, batch): the batch is the number of guidance branches, one with --low-memory."""
 RUNS = 3
-"""The second is the first with memory laid out as one block, and takes more."""
+"""From the second run on, ONNX Runtime allocates memory as one block, which takes more."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, action="append", help="measure these in place of tiny and debug")
-    parser.add_argument("--length", action="append", help="9s where not given")
+    parser.add_argument("--bundle", type=Path, action="append", help="bundle to measure; default: tiny and debug")
+    parser.add_argument("--length", action="append", help="default: 9s")
     options = parser.parse_args()
     lengths = options.length or ["9s"]
     rows = []
@@ -59,7 +59,7 @@ def rows_of(folder: Path, length: str) -> list[list[str]]:
 
 
 def compare(model: ModelConfig, folder: Path, component: str, length: str, batch: int) -> tuple[int, int]:
-    """Bytes, measured and estimated."""
+    """Measured and estimated peak memory in bytes."""
     program = (__file__, str(folder), component, length, str(batch))
     done = subprocess.run([sys.executable, *program], check=True, capture_output=True, text=True)
     weights = {name: file_bytes(shapes, "float32") for name, shapes in weight_shapes(model).items()}
@@ -67,20 +67,20 @@ def compare(model: ModelConfig, folder: Path, component: str, length: str, batch
 
 
 def peak_of(folder: Path, component: str, length: str, batch: int) -> int:
-    """Peak bytes of this process when it has loaded a component and run it as the pipeline does."""
-    # Without the checks of open_bundle: a test measures a folder with one graph.
+    """Loads a component, runs it as the pipeline does, and returns the peak memory of this process in bytes."""
+    # Skips the checks of open_bundle, because a test measures a folder with one graph.
     bundle = Bundle(folder, msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest))
     if component == "vae_decoder":
         return _peak_of_decoding(bundle, length)
     graph = TEXT_ENCODER if component == "text_encoder" else transformer_graph_name(length)
-    free = {"batch": batch, "tokens": bundle.manifest.model.text_lengths[length]}
+    sizes = {"batch": batch, "tokens": bundle.manifest.model.text_lengths[length]}
     inputs = {}
     for spec in bundle.graph(graph).inputs:
-        shape = tuple(free[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
         inputs[spec.name] = np.ones(shape, spec.array_dtype)
-    with OnnxRuntimeLoader(bundle, provider="cpu")(graph) as engine:
+    with OnnxRuntimeLoader(bundle, provider="cpu")(graph) as runner:
         for _ in range(RUNS):
-            engine.run(inputs)
+            runner.run(inputs)
     return peak_memory()
 
 

@@ -1,4 +1,4 @@
-"""The 5B model's graphs, for every length and both kinds of TTT, traced and checked without any weights in memory."""
+"""Traces and checks the graphs of the 5B model for every length and both kinds of TTT, without weights in memory."""
 
 import argparse
 import gc
@@ -8,7 +8,7 @@ from time import perf_counter
 
 import onnx
 import torch
-from measure import forget_peak, peak_memory, print_row, table
+from measure import peak_memory, print_row, reset_peak, table
 from torch import nn
 
 from ttt_video_engine.export.build import WEIGHTS_FILE
@@ -36,26 +36,26 @@ def main() -> None:
     kinds: list[TTTKind] = options.ttt or ["linear", "mlp"]
     for ttt in kinds:
         model = preset("5B", ttt)
-        rows += component(
+        rows += component_rows(
             model, with_placeholder_weights(lambda m=model: DiffusionTransformer(m.transformer), DTYPE), options.length
         )  # type: ignore[misc]
     model = preset("5B")
     if options.length is None:
-        rows += component(model, with_placeholder_weights(lambda: TextEncoder(model.text_encoder), DTYPE))
-        rows += component(model, with_placeholder_weights(lambda: VaeDecoder(model.vae), DTYPE))
+        rows += component_rows(model, with_placeholder_weights(lambda: TextEncoder(model.text_encoder), DTYPE))
+        rows += component_rows(model, with_placeholder_weights(lambda: VaeDecoder(model.vae), DTYPE))
     print(table(["graph", "tokens", "TTT nodes", "XQ", "graph bytes", "weight bytes", "seconds", "peak GiB"], rows))
 
 
-def component(model: ModelConfig, module: nn.Module, lengths: list[str] | None = None) -> list[list[str]]:
+def component_rows(model: ModelConfig, module: nn.Module, lengths: list[str] | None = None) -> list[list[str]]:
     return [
         print_row(row(model, graph)) for graph in component_graphs(module, model, lengths or list(SCENES_PER_LENGTH))
     ]
 
 
 def row(model: ModelConfig, graph: Graph) -> list[str]:
-    """Saves the graph, which runs onnx's checker, infers its shapes, and checks those of its TTT nodes."""
+    """Saves a graph, which runs onnx's checker, infers its shapes, and checks the shapes of its TTT nodes."""
     gc.collect()
-    forget_peak()
+    reset_peak()
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -69,7 +69,7 @@ def row(model: ModelConfig, graph: Graph) -> list[str]:
 
 
 def check_scans(model: ModelConfig, graph: Graph, proto: onnx.ModelProto) -> list[str]:
-    """Cells of tokens, TTT nodes and their XQ. Ends the program where a node has other shapes than the model's."""
+    """The cells of the columns tokens, TTT nodes and XQ. Raises SystemExit if the shapes of a node are wrong."""
     config, tokens = model.transformer, model.clip_size(graph.length).num_tokens(model.transformer.patch_size)
     shapes = {value.name: shape(value) for value in (*proto.graph.value_info, *proto.graph.input)}
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]

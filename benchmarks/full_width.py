@@ -1,6 +1,6 @@
-"""Builds a slice of the 5B transformer, at full width and with the tokens of a 3-second video, for a GPU not here.
+"""Builds a TensorRT engine for some layers of the 5B transformer, at full width and with the tokens of a 3 s video.
 
-Prints the time and the memory of every stage: tracing, writing the weights, and TensorRT's build.
+Needs no GPU. Prints the time and the peak memory of every step: writing the weights, tracing, and TensorRT's build.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from measure import forget_peak, peak_memory, print_row, private_memory, table
+from measure import peak_memory, print_row, private_memory, reset_peak, table
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
@@ -38,7 +38,7 @@ def main() -> None:
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), options.ttt, options.num_layers, options.gpu, not options.no_plugin, rows)
-    print(table(["stage", "seconds", "peak GiB", "without mapped files", "result"], rows))
+    print(table(["step", "seconds", "peak GiB", "without mapped files", "result"], rows))
 
 
 def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, rows: list[list[str]]) -> None:
@@ -46,9 +46,9 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
     model = replace(model, transformer=replace(model.transformer, num_layers=num_layers))
 
     @contextmanager
-    def stage(name: str, result: list[str]) -> Iterator[None]:
+    def measured(name: str, result: list[str]) -> Iterator[None]:
         gc.collect()
-        forget_peak()
+        reset_peak()
         start = perf_counter()
         with private_memory() as private:
             yield
@@ -56,7 +56,7 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         rows.append(print_row([name, f"{perf_counter() - start:.1f}", *peaks, *result]))
 
     result: list[str] = []
-    with stage(f"{num_layers} layers, random bfloat16 weights", result):
+    with measured(f"{num_layers} layers, random bfloat16 weights", result):
         torch.set_default_dtype(torch.bfloat16)
         transformer = DiffusionTransformer(model.transformer).eval()
         torch.set_default_dtype(torch.float32)
@@ -65,7 +65,7 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         result.append(f"{weights.path.stat().st_size:,} bytes")
 
     result = []
-    with stage("trace", result):
+    with measured("trace", result):
         path = folder / "model.onnx"
         onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
         result.append(f"{path.stat().st_size:,} bytes")
@@ -92,10 +92,10 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         weights=weight_bytes,
     )
     result = []
-    with stage(f"TensorRT build for {gpu}", result):
-        plan = build_engine(request, folder, lambda phase, done, total: None)
-        layers = f"{len(plan.entry.plugins)} plugin layers" if plan.entry.plugins else plan.entry.fallback
-        result.append(f"{plan.entry.size:,} bytes, {layers}")
+    with measured(f"TensorRT build for {gpu}", result):
+        engine = build_engine(request, folder, lambda phase, done, total: None)
+        layers = f"{len(engine.entry.plugins)} plugin layers" if engine.entry.plugins else engine.entry.fallback
+        result.append(f"{engine.entry.size:,} bytes, {layers}")
 
 
 if __name__ == "__main__":

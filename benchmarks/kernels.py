@@ -1,4 +1,4 @@
-"""The TTT kernels on this GPU at the sizes of the 5B model, beside the chip's own ceilings. Needs no torch."""
+"""Times the TTT kernels on this GPU at the sizes of the 5B model, beside the GPU's measured peaks. Needs no torch."""
 
 import argparse
 import sys
@@ -30,14 +30,14 @@ LENGTHS = ("3s", "9s", "63s")
 MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
 REPETITIONS = 20
 MATRIX = 8192
-"""Rows and columns of the matrices that the ceiling is measured with."""
+"""Rows and columns of the matrices that the peak of matrix products is measured with."""
 
 Launch = Callable[[], None]
 
 
 @triton.jit
 def matmul(A, B, out, size, SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """out = A·Bᵀ of square bfloat16 matrices, a tile of M by N a program."""
+    """out = A·Bᵀ for square bfloat16 matrices [SIZE, SIZE]; one tile of M by N per program."""
     rows = tl.program_id(0) // (SIZE // N) * M + tl.arange(0, M)
     columns = tl.program_id(0) % (SIZE // N) * N + tl.arange(0, N)
     inner = tl.arange(0, K)
@@ -57,7 +57,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     with closing(Stream()) as stream, TemporaryDirectory() as folder:
-        copy, products = copy_ceiling(stream), matmul_ceiling(stream, gpu.gpu)
+        copy, products = peak_bandwidth(stream), peak_matmul(stream, gpu.gpu)
         print(
             f"{gpu.name} ({gpu.gpu}): copies {copy / 1e9:.0f} GB/s, bfloat16 products {products / 1e12:.0f} TFLOP/s\n"
         )
@@ -92,13 +92,13 @@ def scan_row(stream: Stream, folder: Path, gpu: str, op: TTTKind, length: str, b
 
 
 def flops_per_token(op: TTTKind, mini_batch: int) -> int:
-    """Of one head, in matrix products alone: the fewest that the scan can be done with."""
+    """Operations per token and head of the scan's matrix products, the minimum of any implementation."""
     square = HEAD_DIM * HEAD_DIM
     return {"linear": 2 * 3 * square, "mlp": 2 * 7 * 4 * square}[op]
 
 
 def inputs(stream: Stream, op: TTTKind, batch: int, tokens: int) -> list[DeviceArray]:
-    """Unit queries and keys in bfloat16, of which one mini-batch is drawn and repeated; then room for the output."""
+    """The scan's inputs and its output buffer. One mini-batch of unit queries and keys is drawn and repeated."""
     mini_batch, random = MINI_BATCH[op], np.random.default_rng(0)
 
     def bfloat16(values: np.ndarray) -> np.ndarray:
@@ -135,7 +135,7 @@ def seconds_of_scan(
 
 
 def simple_cubin(like: Cubin, gpu: str) -> tuple[Cubin, bytes]:
-    """The straightforward scan with the tensors and sizes of ours."""
+    """The simple scan, compiled for the tensors and sizes of the optimised kernel."""
     types = {
         name: "*fp32" if name == "eta" else "i32" if name.startswith("num_") else "*bf16" for name in like.parameters
     }
@@ -146,8 +146,8 @@ def simple_cubin(like: Cubin, gpu: str) -> tuple[Cubin, bytes]:
     return cubin, compiled.asm["cubin"]
 
 
-def copy_ceiling(stream: Stream) -> float:
-    """Bytes a second, read and written, of the device's own copy."""
+def peak_bandwidth(stream: Stream) -> float:
+    """Peak memory bandwidth: bytes per second, read and written, of a device-to-device copy."""
     size = 1 << 30
     with closing(DeviceBuffer(size, stream)) as source, closing(DeviceBuffer(size, stream)) as target:
 
@@ -158,8 +158,8 @@ def copy_ceiling(stream: Stream) -> float:
         return 2 * size / seconds_of(stream, copy)
 
 
-def matmul_ceiling(stream: Stream, gpu: str) -> float:
-    """Operations a second of a large bfloat16 product, written in Triton as the scans are."""
+def peak_matmul(stream: Stream, gpu: str) -> float:
+    """Peak of matrix products: operations per second of a large bfloat16 product in Triton."""
     tiles = {"SIZE": MATRIX, "M": 128, "N": 128, "K": 64}
     types = {"A": "*bf16", "B": "*bf16", "out": "*bf16", "size": "i32"}
     compiled = assemble(matmul, types, tiles, gpu=gpu, num_warps=8, num_stages=3)
@@ -191,7 +191,7 @@ def matmul_ceiling(stream: Stream, gpu: str) -> float:
 
 
 def seconds_of(stream: Stream, launch: Launch) -> float:
-    """Median over many launches, by the GPU's own clock; the first two are not counted."""
+    """Median seconds of a launch, by CUDA events. The first two launches are not counted."""
     timed = EventOptions(timing_enabled=True)
     taken: list[float] = []
     for _ in range(REPETITIONS + 2):

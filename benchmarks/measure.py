@@ -1,4 +1,4 @@
-"""Timing and tables, shared by the benchmarks."""
+"""Timing, memory and tables for the benchmarks."""
 
 import subprocess
 import sys
@@ -10,14 +10,14 @@ from statistics import median
 from threading import Event, Thread
 
 PAUSE = 0.25
-"""Seconds; OpenMP runtimes spin for up to 0.2."""
+"""Seconds between calls. OpenMP threads spin for up to 0.2 s after their work."""
 
 
 def interleaved(calls: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
-    """Median seconds of each call, taken in turn so that a change in the machine's load meets all of them alike.
+    """Median seconds of each call. The calls take turns, so that a change in the machine's load affects all of them.
 
-    Each is called once before, unmeasured: the first call allocates. Before each there is a pause, for the threads of
-    the one before spin on in wait of more work.
+    Each is called once unmeasured, because the first call allocates memory. A pause before each call lets the threads
+    of the previous one stop spinning.
     """
     for call in calls:
         call()
@@ -30,7 +30,7 @@ def interleaved(calls: Sequence[Callable[[], object]], repetitions: int) -> list
 
 
 def median_of_processes(arguments: Sequence[str], repetitions: int) -> float:
-    """Median wall seconds of a Python process, start and end included. Raises CalledProcessError where it fails."""
+    """Median wall seconds of a Python process, start and end included. Raises CalledProcessError if it fails."""
 
     def run() -> None:
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
@@ -39,7 +39,7 @@ def median_of_processes(arguments: Sequence[str], repetitions: int) -> float:
 
 
 def peak_memory() -> int:
-    """Peak bytes of this process alone: what `getrusage` says on Linux has the parent's peak in it, kept over exec."""
+    """Peak resident memory of this process in bytes. On Linux, `getrusage` would include the parent's peak."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -49,41 +49,43 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def forget_peak() -> None:
-    """Lets `peak_memory` start again from what is held now, where the system can (Linux)."""
+def reset_peak() -> None:
+    """Resets `peak_memory` to the current memory, on Linux. Has no effect elsewhere."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextmanager
 def private_memory() -> Iterator[Callable[[], int]]:
-    """Gives a function that says the peak bytes of this process within the block, files that are mapped left out: the
-    system drops those where it needs room. Looked at ten times a second, on Linux."""
-    found, ended = [0], Event()
+    """Yields a function that returns the peak anonymous memory of this process in the block, in bytes.
 
-    def look() -> None:
+    Memory-mapped files do not count: the system can evict them. Sampled ten times per second; Linux only.
+    """
+    peak, ended = [0], Event()
+
+    def sample() -> None:
         while not ended.wait(0.1):
             lines = Path("/proc/self/status").read_text().splitlines()
             now = next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-            found[0] = max(found[0], now)
+            peak[0] = max(peak[0], now)
 
-    watcher = Thread(target=look)
+    watcher = Thread(target=sample)
     watcher.start()
     try:
-        yield lambda: found[0]
+        yield lambda: peak[0]
     finally:
         ended.set()
         watcher.join()
 
 
 def print_row(row: list[str]) -> list[str]:
-    """Shows a row as soon as it is measured: a table of long runs is worth something before it is whole."""
+    """Prints a row to standard error as soon as it is measured, and returns it."""
     print("  ".join(row), file=sys.stderr, flush=True)
     return row
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
+    """A Markdown table. The first column is text, the others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 

@@ -1,6 +1,6 @@
-"""What rounding the factors of a scan's matrix products costs, at full width: the error budget of the GPU kernels.
+"""Measures the error of rounding the factors of a scan's matrix products, at full width, as the GPU kernels do.
 
-The oracle is run as it is, once with every product's factors rounded to what the tensor cores take.
+The reference scan runs in float32, and again with every product's factors rounded to the tensor cores' input type.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from ttt_video_engine.runtime.sampler import Array, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 
 HEADS, HEAD_DIM, TOKENS = 48, 64, 18048
-"""Of the 5B model and 3 seconds."""
+"""Sizes of the 5B model and tokens of 3 s."""
 
 STEPS = 50
 
 STDS = (0.1, 0.02)
-"""Of the initial inner weights. The public code starts training from 0.02, where the first mini-batches' LayerNorm
-divides by almost nothing."""
+"""Standard deviations of the initial inner weights. The public code starts training from 0.02, where LayerNorm divides
+by almost zero in the first mini-batches."""
 
 _DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PRODUCTS = ("matmul", "__matmul__")
@@ -54,7 +54,7 @@ class RoundedProducts(TorchFunctionMode):
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Ten bits of mantissa, to nearest."""
+    """Rounds float32 to TF32: ten bits of mantissa, to nearest."""
     bits = x.float().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
@@ -105,21 +105,21 @@ def scans() -> str:
             exact = scan(*inputs.values())
             for dtype, precision in PRECISIONS[op].items():
                 if precision not in ROUNDINGS:
-                    continue  # three products of TF32 are one of float32 to the last bits
+                    continue  # tf32x3 equals float32 except in the last bits
                 stored = {name: value.to(_DTYPES[dtype]).float() for name, value in inputs.items()}
                 stored["eta"] = inputs["eta"]
-                of_stored = scan(*stored.values())
+                from_stored = scan(*stored.values())
                 with RoundedProducts(ROUNDINGS[precision]):
                     on_chip = scan(*stored.values()).to(_DTYPES[dtype]).float()
                 name = [f"TTT-{op}, C = {mini_batch_size}", f"{weight_std:g}", dtype, precision]
-                rows.append(print_row([*name, error(of_stored, exact), error(on_chip, of_stored)]))
+                rows.append(print_row([*name, error(from_stored, exact), error(on_chip, from_stored)]))
     return table(
         ["scan", "weights' std", "tensors", "products", "tensors rounded", "products and output rounded"], rows
     )
 
 
 def transformers() -> str:
-    """Whole transformers in half precision against float32: one step, and the latents that 50 steps end in."""
+    """Whole transformers in half precision against float32: one step's velocity, and the latents after 50 steps."""
     rows = []
     for ttt in ("linear", "mlp"):
         model = preset("tiny", ttt)
@@ -142,7 +142,10 @@ def velocity_and_latents(
     text: Tensor,
     timestep: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of both branches of guidance at once; latents from the first of `latents` as noise, by DDIM at scale 6."""
+    """The velocity of both guidance branches [2, T, C, H, W], and the latents after DDIM steps at guidance scale 6.
+
+    Sampling starts from `latents[:1]` as noise.
+    """
 
     def velocities(x: Array, t: int) -> tuple[Array, Array]:
         video = torch.from_numpy(x).expand(2, *x.shape[1:]).to(dtype)
@@ -157,7 +160,7 @@ def velocity_and_latents(
 
 
 def error(found: Tensor, exact: Tensor) -> str:
-    """Largest error over the largest value, and mean error over the mean value."""
+    """Largest error / largest value, and mean error / mean value."""
     difference = (found - exact).abs()
     return f"{difference.max() / exact.abs().max():.1e} / {difference.mean() / exact.abs().mean():.1e}"
 

@@ -1,6 +1,6 @@
-"""What a whole transformer loses in half precision, as it is built and with one part of it in another precision.
+"""Measures the error of a transformer in half precision, as built and with one part of it in another precision.
 
-PyTorch on a CPU, one step of the debug model with both branches of guidance, random weights, against float32.
+One step of the debug model with random weights and both guidance branches, in PyTorch on a CPU, against float32.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def scans() -> str:
-    """The scan alone, on the same rounded inputs: what the state loses over a clip where it is rounded as well."""
+    """The scan alone, on the same rounded inputs: the error over a clip with state and arithmetic in half."""
     rows = []
     for ttt, (scan, mini_batch, rate) in SCANS.items():
         for length, tokens in TOKENS.items():
@@ -102,7 +102,7 @@ def measured(ttt: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def scan_in_half(dtype: torch.dtype) -> Patch[object]:
-    """The inner model, its state and its arithmetic in the dtype of the activations."""
+    """Computes the inner model, its state included, in the dtype of the activations."""
 
     def in_half(scan: Callable[..., Tensor]) -> Any:
         def run(*inputs: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def scan_in_half(dtype: torch.dtype) -> Patch[object]:
 
         return staticmethod(run)
 
-    return both(
+    return all_patches(
         patch.object(TTTLinear, "scan", in_half(TTTLinear.scan)), patch.object(TTTMLP, "scan", in_half(TTTMLP.scan))
     )
 
@@ -151,7 +151,7 @@ def timestep_in_half(dtype: torch.dtype) -> Patch[object]:
 
 
 def sum_in_float32(dtype: torch.dtype) -> Patch[object]:
-    """The sum that layers add to, and their modulation of it; blocks take and give halves."""
+    """Keeps the residual stream and its modulation in float32. Blocks take and return half precision."""
     forward, norm = TransformerLayer.forward, nn.LayerNorm.forward
 
     def layer(self: TransformerLayer, x: Tensor, t_emb: Tensor, layout: Any) -> Tensor:
@@ -165,7 +165,7 @@ def sum_in_float32(dtype: torch.dtype) -> Patch[object]:
     def narrowed(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda self, x, *rest: block(self, x.to(dtype), *rest)
 
-    return both(
+    return all_patches(
         patch.object(TransformerLayer, "forward", layer),
         patch.object(nn.LayerNorm, "forward", wide_norm),
         patch.object(attention.SeqModelingBlock, "forward", narrowed(attention.SeqModelingBlock.forward)),
@@ -175,7 +175,7 @@ def sum_in_float32(dtype: torch.dtype) -> Patch[object]:
 
 
 @contextmanager
-def both(*patches: Patch[object]) -> Iterator[None]:
+def all_patches(*patches: Patch[object]) -> Iterator[None]:
     with ExitStack() as stack:
         for one in patches:
             stack.enter_context(one)

@@ -1,4 +1,4 @@
-"""What only a fresh process shows: how long imports take, and the memory that decoding needs at its peak."""
+"""Measurements that need a fresh process: the time of imports, and the peak memory of decoding."""
 
 import subprocess
 import sys
@@ -12,11 +12,11 @@ IMPORT_LIMIT = 0.5
 """Seconds."""
 
 MEMORY_LIMIT = 1.10
-"""Peak memory of decoding 63 s, in those of 9 s."""
+"""Upper bound of the peak memory of decoding 63 s over that of 9 s."""
 
 LENGTHS = ("9s", "63s")
 
-_STARTS = {
+_COMMANDS = {
     "import ttt_video_engine.runtime.pipeline": ["-c", "import ttt_video_engine.runtime.pipeline"],
     "ttt-video --help": ["-c", "import sys; sys.argv[1:] = ['--help']; from ttt_video_engine.cli import main; main()"],
 }
@@ -28,7 +28,7 @@ _DECODE = (
 
 def imports() -> str:
     rows = []
-    for name, arguments in _STARTS.items():
+    for name, arguments in _COMMANDS.items():
         seconds = median_of_processes(arguments, repetitions=5)
         verdict = "met" if seconds <= IMPORT_LIMIT else "missed"
         rows.append([f"`{name}`", f"{seconds:.2f}", verdict])
@@ -44,7 +44,7 @@ def decode_memory() -> str:
     peaks, rows = {}, []
     with tempfile.TemporaryDirectory() as parent:
         bundle = str(Path(parent) / "bundle")
-        # The VAE graphs are the same for every length, so that a bundle of one is enough.
+        # The VAE graphs are the same for every length, so a bundle with one length is enough.
         export_bundle(SeededSource(preset("tiny"), seed=0), Path(bundle), ["3s"], "float32", lambda line: None)
         for length in LENGTHS:
             program = _DECODE.format(folder=folder, bundle=bundle, length=length)

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/benchmarks.md, measured on this machine: `make bench`, or with `--only` one of them."""
+"""Prints the first tables of docs/benchmarks.md, measured on this machine: all (`make bench`), or one with `--only`."""
 
 import argparse
 from collections.abc import Callable
@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=BENCHMARKS, help="print this table alone")
+    parser.add_argument("--only", choices=BENCHMARKS, help="print only this table")
     only = parser.parse_args().only
     for name, (title, measure) in BENCHMARKS.items():
         if only in (None, name):

@@ -1,4 +1,4 @@
-"""The straightforward TTT-Linear kernel that ours is to beat: the scan as the reference has it, tokens by channels."""
+"""A simple TTT-Linear kernel, the baseline for the optimised one: the scan of the reference, tokens by channels."""
 
 import triton
 import triton.language as tl

@@ -1,1 +1,1 @@
-"""The commands of `ttt-video`, one module each: parse, one call, print. A module is imported when its command runs."""
+"""The commands of `ttt-video`, one module each: parses options, makes one call, prints. Imported when it runs."""

@@ -95,7 +95,7 @@ def export(
     for warning in chosen.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
-    from ttt_video_engine.export.build import Extras, export_bundle
+    from ttt_video_engine.export.build import ExportOptions, export_bundle
     from ttt_video_engine.export.engines import EngineRequest
     from ttt_video_engine.export.sources.source import CheckpointSource, SeededSource
 
@@ -114,6 +114,6 @@ def export(
             if not chosen.vae_scale_stated:
                 source = source.with_stored_scale()
         engines = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        extras = Extras(engines, display.update, inline=inline)
-        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, extras)
+        options = ExportOptions(engines, display.update, inline=inline)
+        export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, options)
     typer.echo(f"bundle: {output}")

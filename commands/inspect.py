@@ -1,4 +1,4 @@
-"""`ttt-video inspect`: what a bundle holds, and whether it is whole."""
+"""`ttt-video inspect`: the content of a bundle, and whether it is undamaged."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def inspect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a bundle holds, whether it is whole, and what would be rebuilt."""
+    """Show what a bundle contains, verify its files, and list what the next export rebuilds."""
 
     opened = open_bundle(bundle)
     opened.verify()
@@ -41,8 +41,8 @@ def inspect(
         inputs = [spec for spec in graph.inputs if not spec.name.startswith("cache_")]
         outputs = [spec for spec in graph.outputs if not spec.name.startswith("cache_")]
         caches = len(graph.outputs) - len(outputs)
-        typer.echo(f"  takes {'; '.join(map(str, inputs))}")
-        typer.echo(f"  gives {'; '.join(map(str, outputs))}" + (f"; {caches} caches" if caches else ""))
+        typer.echo(f"  inputs {'; '.join(map(str, inputs))}")
+        typer.echo(f"  outputs {'; '.join(map(str, outputs))}" + (f"; {caches} caches" if caches else ""))
         typer.echo(f"  rebuild: {', '.join(stale[name]) or 'no, up to date'}")
     for file in engine_files:
         entry = file.entry

@@ -1,4 +1,4 @@
-"""`ttt-video parity`: the reference and its graphs against recordings of the public code, or a bundle in Polygraphy."""
+"""`ttt-video parity`: compares reference and graphs with recordings of the public code, or a bundle in Polygraphy."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,15 +26,15 @@ def parity(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Hold the reference and fresh graphs to recordings of the public code, or a bundle to Polygraphy."""
+    """Compare reference and new graphs with recordings of the public code, or a bundle with Polygraphy."""
     if (golden is None) == (bundle is None):
-        raise ConfigError("parity takes --golden or --bundle, and not both; give one")
+        raise ConfigError("parity needs either --golden or --bundle; give one of them")
     if (bundle is None) != (polygraphy is None):
         raise ConfigError("--bundle and --polygraphy go together; give both")
     if golden is not None:
         _compare_recordings(golden, json)
     elif bundle is not None and polygraphy is not None:
-        _ask_polygraphy(bundle, polygraphy, json)
+        _compare_in_polygraphy(bundle, polygraphy, json)
 
 
 def _compare_recordings(golden: Path, json: bool) -> None:
@@ -52,11 +52,11 @@ def _compare_recordings(golden: Path, json: bool) -> None:
         raise CheckFailed(f"{len(failed)} of {len(rows)} over {TOLERANCE:.0e}: {', '.join(failed)}")
 
 
-def _ask_polygraphy(root: Path, output: Path, json: bool) -> None:
+def _compare_in_polygraphy(root: Path, output: Path, json: bool) -> None:
     bundle = open_bundle(root)
     bundle.check()
     try:
-        import polygraphy  # noqa: F401  # asked for first, so that no other import's failure is taken for its own
+        import polygraphy  # noqa: F401  # imported first, so that the failure of another import is not reported as its own
     except ImportError as error:
         raise BackendError("polygraphy is not installed; run: pip install 'ttt-video-engine[polygraphy]'") from error
     from ttt_video_engine.export.parity.second_opinion import second_opinions
@@ -70,4 +70,4 @@ def _ask_polygraphy(root: Path, output: Path, json: bool) -> None:
         typer.echo("\n".join(text_table([header, *cells], numbers=(2, 3))))
     failed = [f"{row.graph} in {row.runner}" for row in rows if not row.passed]
     if failed:
-        raise CheckFailed(f"{len(failed)} of {len(rows)} not as in ONNX Runtime: {', '.join(failed)}")
+        raise CheckFailed(f"{len(failed)} of {len(rows)} differ from ONNX Runtime: {', '.join(failed)}")

@@ -1,4 +1,4 @@
-"""How far a command is: bars with the time that remains on a terminal, lines elsewhere."""
+"""Shows the progress of a command: bars with the remaining time on a terminal, lines elsewhere."""
 
 from types import TracebackType
 from typing import Self
@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class ProgressDisplay:
     """Shows stages on standard error; `update` is a `runtime.callbacks.Progress`.
 
-    Every stage has one bar; a stage that begins again gets a new one in its place. `passing` stages leave nothing
-    behind: no bar when they are done, and no line where there is no terminal.
+    Each stage has one bar; a stage that begins again gets a new bar in its place. With `passing`, a bar is removed when
+    its stage is done, and nothing is printed without a terminal.
     """
 
     def __init__(self, *, passing: bool = False, console: Console | None = None) -> None:
@@ -23,8 +23,8 @@ class ProgressDisplay:
         self._last: tuple[str, int, int] | None = None
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` parts of a stage are done; a stage begins with 0."""
-        if self._last == (stage, done, total):  # as counts of MiB say for every small tensor
+        """Shows that `done` of `total` parts of a stage are complete. A stage begins with 0."""
+        if self._last == (stage, done, total):  # repeated for small tensors, where parts are MiB
             return
         self._last = (stage, done, total)
         if self._console.is_terminal:
@@ -33,7 +33,7 @@ class ProgressDisplay:
             self._print_line(stage, done, total)
 
     def line(self, text: str) -> None:
-        """Prints a line, above the bars where there are some."""
+        """Prints a line, above the bars if there are any."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _show_bar(self, stage: str, done: int, total: int) -> None:

@@ -1,1 +1,1 @@
-"""Runs graphs: the implementations of `runtime.runner.Runner`. Imports no torch."""
+"""Backends: the implementations of `runtime.runner.Runner`. Imports no torch."""

@@ -1,8 +1,8 @@
-"""The little of CUDA that an engine needs: the GPU, memory on it, a stream, and recorded work.
+"""The part of CUDA that a TensorRT runner needs: devices, memory, streams and graphs.
 
-All of it is NVIDIA's `cuda-core`, imported when first used, so that this module loads where neither the package nor a
-driver is; what it raises becomes a BackendError that says what was being done. It works on the primary context, as
-TensorRT does. No `close` raises: often it runs because CUDA has failed already.
+Uses NVIDIA's `cuda-core`, which is imported on first use, so that this module loads without the package or a driver.
+Its errors become BackendErrors that name the failed operation. Uses the primary context, as TensorRT does. `close`
+never raises, because it often runs after CUDA has failed.
 """
 
 import importlib
@@ -16,14 +16,17 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ttt_video_engine.runtime.errors import BackendError
-from ttt_video_engine.runtime.runner import AnyArray, Array
+from ttt_video_engine.runtime.runner import Array, HostOrDeviceArray
 
 _CURE = "run on a machine with an NVIDIA GPU, or use --engine onnxruntime"
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. Memory is in bytes; `driver` is the newest CUDA version that its driver supports, such as "13.0"."""
+    """A GPU. `gpu` is its architecture, such as "sm_89"; memory is in bytes.
+
+    `driver` is the newest CUDA version that its driver supports, such as "13.0".
+    """
 
     index: int
     name: str
@@ -34,14 +37,14 @@ class Device:
 
 
 def device(index: int = 0) -> Device:
-    """The GPU with this number, made the current one of this thread.
+    """The GPU with this index. Makes it the current device of this thread.
 
-    Raises BackendError, in one line with its cure, where the package, the driver or the GPU is missing.
+    Raises BackendError with the cure where the package, the driver or the GPU is missing.
     """
     gpus = _gpus()
     if index >= len(gpus):
         raise BackendError(f"GPU {index} is missing, {len(gpus)} were found; {_CURE}")
-    with reported(f"GPU {index}"):
+    with cuda_errors(f"GPU {index}"):
         gpu = gpus[index]
         gpu.set_current()
         free, total = _memory_info()
@@ -61,28 +64,28 @@ def devices() -> list[Device]:
 
 
 def free_memory() -> int:
-    """Bytes that are free on the current GPU, once all work that was queued on it is done."""
+    """Free bytes on the current GPU, after all queued work is complete."""
     _current_gpu()
-    _check(_driver().cuCtxSynchronize()[0], "GPU memory")  # what was freed in a stream returns to the GPU here
+    _check(_driver().cuCtxSynchronize()[0], "GPU memory")  # memory freed in stream order is returned here
     return _memory_info()[0]
 
 
 @contextmanager
-def reported(doing: str) -> Iterator[None]:
-    """Turns an error of cuda-core, which has no public class, into a BackendError that begins with `doing`."""
+def cuda_errors(operation: str) -> Iterator[None]:
+    """Turns errors of cuda-core, which have no public class, into BackendErrors that begin with `operation`."""
     try:
         yield
     except BackendError:
         raise
     except Exception as error:
-        raise BackendError(f"{doing}: CUDA failed ({' '.join(str(error).split())[:300]})") from error
+        raise BackendError(f"{operation}: CUDA failed ({' '.join(str(error).split())[:300]})") from error
 
 
 class Stream:
-    """A queue of work on the current GPU, which does not wait for the default stream."""
+    """A non-blocking stream on the current GPU: it does not wait for the default stream."""
 
     def __init__(self) -> None:
-        with reported("a stream"):
+        with cuda_errors("a stream"):
             self.core: Any = _current_gpu().create_stream()
 
     @property
@@ -90,9 +93,9 @@ class Stream:
         """The stream's address."""
         return int(self.core.handle)
 
-    def synchronize(self, doing: str) -> None:
-        """Waits for all queued work. Raises BackendError that begins with `doing` where any of it failed."""
-        with reported(doing):
+    def synchronize(self, operation: str) -> None:
+        """Waits for all queued work. Raises BackendError that begins with `operation` where any of it failed."""
+        with cuda_errors(operation):
             self.core.sync()
 
     def close(self) -> None:
@@ -102,14 +105,14 @@ class Stream:
 
 
 class DeviceBuffer:
-    """Memory on the GPU, freed by `close` or with the last reference, in the order of the stream it is allocated in.
+    """Memory on the GPU. `close`, or dropping the last reference, frees it in the order of its stream.
 
     Raises BackendError where too little is free.
     """
 
     def __init__(self, num_bytes: int, stream: Stream) -> None:
         self.num_bytes = num_bytes
-        with reported(f"{num_bytes:,} bytes of GPU memory"):
+        with cuda_errors(f"{num_bytes:,} bytes of GPU memory"):
             try:
                 self._buffer = _current_gpu().allocate(max(1, num_bytes), stream=stream.core)
             except Exception as error:
@@ -122,16 +125,16 @@ class DeviceBuffer:
             self.pointer = int(self._buffer.handle)
 
     def copy_from(self, array: Array, stream: Stream) -> None:
-        """Queues a copy of a contiguous array into the buffer. The array must live until the stream is done.
+        """Queues a copy of a contiguous array into the buffer. The array must live until the stream is synchronized.
 
-        The host memory is pageable: a copy takes little time beside a run of the engine.
+        The host memory is pageable: copies are short compared with a run of the engine.
         """
-        with reported("a copy to the GPU"):
+        with cuda_errors("a copy to the GPU"):
             self._part(array).copy_from(_host_buffer(array), stream=stream.core)
 
     def copy_to(self, array: Array, stream: Stream) -> None:
-        """Queues a copy of the first bytes into a contiguous array, complete when the stream is done."""
-        with reported("a copy from the GPU"):
+        """Queues a copy of the first bytes into a contiguous array. It is complete when the stream is synchronized."""
+        with cuda_errors("a copy from the GPU"):
             self._part(array).copy_to(_host_buffer(array), stream=stream.core)
 
     def close(self) -> None:
@@ -140,16 +143,16 @@ class DeviceBuffer:
             self._buffer.close()
 
     def _part(self, array: Array) -> Any:
-        """The first bytes, as many as the array has."""
+        """A view of the first `array.nbytes` bytes. Raises ValueError unless the array is contiguous and fits."""
         if not array.flags.c_contiguous or array.nbytes > self.num_bytes:
             raise ValueError(f"{array.dtype}{list(array.shape)} is not contiguous or over {self.num_bytes} bytes")
         return _core().Buffer.from_handle(self.pointer, array.nbytes, owner=self._buffer)
 
 
 class DeviceArray:
-    """An array on the GPU. It owns its memory, so it outlives the engine that made it.
+    """An array on the GPU. It owns its memory, so it may outlive the engine that wrote it.
 
-    Its content is complete: an engine returns it when its stream is done.
+    Its content is complete: a runner returns it after it has synchronized the stream.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, stream: Stream) -> None:
@@ -164,7 +167,7 @@ class DeviceArray:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """A copy on the host, in `dtype` if given."""
         if copy is False:
-            raise ValueError("an array on the GPU reaches the host by a copy only")
+            raise ValueError("an array on the GPU cannot be used on the host without a copy")
         host = np.empty(self.shape, self.dtype)
         stream = Stream()
         self.buffer.copy_to(host, stream)
@@ -173,9 +176,9 @@ class DeviceArray:
         return host if dtype is None else host.astype(dtype, copy=False)
 
 
-def to_device(array: AnyArray, stream: Stream) -> DeviceArray:
+def to_device(array: HostOrDeviceArray, stream: Stream) -> DeviceArray:
     """A copy on the GPU, complete on return."""
-    host = on_host(array)
+    host = to_host(array)
     copy = DeviceArray(host.shape, host.dtype, stream)
     copy.buffer.copy_from(host, stream)
     stream.synchronize("a copy to the GPU")
@@ -183,29 +186,29 @@ def to_device(array: AnyArray, stream: Stream) -> DeviceArray:
 
 
 class Graph:
-    """A CUDA graph: work that is recorded once and launched as a whole. `enqueue` is recorded, not executed.
+    """A CUDA graph: work that is captured once and launched as a whole. `enqueue` is captured, not executed.
 
-    Addresses and shapes are part of the recording. Raises BackendError where the work cannot be recorded.
+    Addresses and shapes are part of the graph. Raises BackendError where the work cannot be captured.
     """
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
-        with reported("a CUDA graph"):
+        with cuda_errors("a CUDA graph"):
             builder = stream.core.create_graph_builder()
             try:
                 builder.begin_building(mode="thread_local")
                 enqueue()
                 self._graph = builder.end_building().complete()
             finally:
-                with suppress(Exception):  # it raises where the recording failed, and ends it all the same
+                with suppress(Exception):  # raises where the capture has failed, but still ends it
                     builder.close()
 
     def launch(self, stream: Stream) -> None:
-        """Queues all recorded work."""
-        with reported("a CUDA graph"):
+        """Queues the whole graph."""
+        with cuda_errors("a CUDA graph"):
             self._graph.launch(stream.core)
 
     def close(self) -> None:
-        """Releases the recording; a second call does nothing."""
+        """Releases the graph; a second call does nothing."""
         with suppress(Exception):
             self._graph.close()
 
@@ -218,7 +221,7 @@ def num_bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     return size
 
 
-def on_host(array: AnyArray) -> Array:
+def to_host(array: HostOrDeviceArray) -> Array:
     """A contiguous NumPy array with the same content."""
     return np.ascontiguousarray(array)
 
@@ -232,7 +235,7 @@ def _core() -> Any:
 
 
 def _driver() -> Any:
-    """The driver API, for what cuda-core lacks."""
+    """The CUDA driver API, for functions that cuda-core lacks."""
     return _package("cuda.bindings.driver")
 
 
@@ -247,7 +250,7 @@ def _package(module: str) -> Any:
 
 
 def _gpus() -> tuple[Any, ...]:
-    """All GPUs, as cuda-core has them; at least one."""
+    """All GPUs as cuda-core devices, at least one."""
     core, driver = _core(), _driver()
     try:
         major, minor = _driver_version()
@@ -255,7 +258,7 @@ def _gpus() -> tuple[Any, ...]:
         raise BackendError(f"no NVIDIA driver was found; {_CURE}") from error
     if major < driver.CUDA_VERSION // 1000:
         raise BackendError(f"the NVIDIA driver is too old: it supports CUDA up to {major}.{minor}; update the driver")
-    with reported("the NVIDIA driver"):
+    with cuda_errors("the NVIDIA driver"):
         try:
             found: tuple[Any, ...] = core.Device.get_all_devices()
         except Exception as error:
@@ -270,8 +273,8 @@ def _gpus() -> tuple[Any, ...]:
 
 
 def _current_gpu() -> Any:
-    """The current GPU of this thread, or else the first."""
-    with reported("the current GPU"):
+    """The current GPU of this thread, else the first."""
+    with cuda_errors("the current GPU"):
         gpu = _core().Device()
         gpu.set_current()
     return gpu
@@ -284,9 +287,9 @@ def _memory_info() -> tuple[int, int]:
     return int(free), int(total)
 
 
-def _check(status: Any, doing: str) -> None:
+def _check(status: Any, operation: str) -> None:
     if int(status) != 0:
-        raise BackendError(f"{doing}: CUDA failed ({status.name})")
+        raise BackendError(f"{operation}: CUDA failed ({status.name})")
 
 
 def _driver_version() -> tuple[int, int]:

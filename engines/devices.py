@@ -1,10 +1,10 @@
-"""What can run graphs on this machine, and the reason why another backend cannot."""
+"""Lists the backends that can run graphs on this machine, and why others cannot."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from ttt_video_engine.engines.cuda import Device, devices
-from ttt_video_engine.engines.onnxruntime import PROVIDERS, check_provider
+from ttt_video_engine.engines.onnxruntime import PROVIDERS, execution_providers
 from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.engines.tensorrt.engine import PackageName
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
@@ -13,7 +13,7 @@ from ttt_video_engine.runtime.errors import BackendError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run graphs. `reason` says why it is unusable and what to do; it is empty where it is usable."""
+    """One way to run graphs. `reason` says why it is unusable and what to do; it is empty for a usable backend."""
 
     name: str
     version: str | None
@@ -23,7 +23,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Survey:
-    """All backends and GPUs. `no_gpu` says why no GPU was found; it is empty where one was."""
+    """All backends and GPUs. `no_gpu` says why no GPU was found; it is empty if one was."""
 
     backends: tuple[Backend, ...]
     gpus: tuple[Device, ...]
@@ -31,7 +31,7 @@ class Survey:
 
 
 def survey() -> Survey:
-    """Examines this machine. Imports the installed packages, loads no graph, raises nothing."""
+    """Examines this machine. Imports the installed packages, loads no graph, never raises."""
     gpus: tuple[Device, ...] = ()
     no_gpu = ""
     try:
@@ -45,7 +45,7 @@ def survey() -> Survey:
 
 def _provider(name: str, no_gpu: str) -> Backend:
     try:
-        check_provider(name)  # type: ignore[arg-type]  # a key of PROVIDERS is a name
+        execution_providers(name)  # type: ignore[arg-type]  # a key of PROVIDERS is a name
         reason = "" if name == "cpu" else no_gpu
     except BackendError as error:
         reason = str(error).removeprefix(f"--provider {name}: ")

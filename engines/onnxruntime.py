@@ -10,7 +10,7 @@ import numpy as np
 from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError
-from ttt_video_engine.runtime.runner import AnyArray, Array, TensorSpec, check_inputs
+from ttt_video_engine.runtime.runner import Array, HostOrDeviceArray, TensorSpec, check_inputs
 
 ProviderName = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
@@ -18,7 +18,7 @@ PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""Execution providers by choice: the chosen one first, then those that run the nodes it does not support."""
+"""Execution providers of each value of `--provider`: first its own, then those for nodes that it does not support."""
 
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
@@ -56,7 +56,7 @@ class OnnxRuntimeRunner:
         """The execution providers that started, in order of preference."""
         return self._session.get_providers() if self._session is not None else []
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, Array]:
         if self._session is None:
             raise BackendError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self.inputs, inputs)
@@ -64,7 +64,7 @@ class OnnxRuntimeRunner:
         try:
             host = {name: np.asarray(array) for name, array in inputs.items()}
             return dict(zip(names, self._session.run(names, host), strict=True))
-        except Exception as error:  # as above
+        except Exception as error:  # see above
             raise BackendError(f"{self._name}: ONNX Runtime failed ({_first_line(error)})") from error
 
     def __enter__(self) -> Self:
@@ -77,20 +77,20 @@ class OnnxRuntimeRunner:
 
 
 class OnnxRuntimeLoader:
-    """Loads graphs of a bundle.
+    """Loads the graphs of a bundle in ONNX Runtime.
 
-    `provider` None means CUDA if this ONNX Runtime has it, else the CPU; `num_threads` 0 means every core. Raises
+    `provider` None means CUDA if this ONNX Runtime has it, else the CPU. `num_threads` 0 means all cores. Raises
     BackendError for a provider that this ONNX Runtime lacks, and for a bfloat16 bundle.
     """
 
     def __init__(self, bundle: Bundle, *, provider: ProviderName | None = None, num_threads: int = 0) -> None:
         if bundle.manifest.dtype == "bfloat16":
             raise BackendError(
-                f"{bundle.root}: is bfloat16, which ONNX Runtime's CPU provider and numpy do not have; "
+                f"{bundle.root}: is in bfloat16, which ONNX Runtime on a CPU and NumPy do not support; "
                 "use --engine tensorrt, or export with --dtype float16 or float32"
             )
         self._bundle = bundle
-        self._providers = available_providers() if provider is None else check_provider(provider)
+        self._providers = available_providers() if provider is None else execution_providers(provider)
         self._provider = provider
         self._num_threads = num_threads
         self._environment = {"engine": "onnxruntime", "onnxruntime": ort.__version__, "provider": self._providers[0]}
@@ -101,7 +101,7 @@ class OnnxRuntimeLoader:
             self._bundle.graph(graph)
 
     def environment(self) -> dict[str, str]:
-        """As `RunnerLoader.environment`; `provider` is the one that the graph loaded last runs on."""
+        """As `RunnerLoader.environment`. `provider` is that of the graph loaded last."""
         return dict(self._environment)
 
     def __call__(self, graph: str) -> OnnxRuntimeRunner:
@@ -110,7 +110,7 @@ class OnnxRuntimeLoader:
         runner = OnnxRuntimeRunner(
             path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
         )
-        # Where a provider does not start, ONNX Runtime takes the next one and says so in its log only.
+        # Where a provider does not start, ONNX Runtime silently uses the next one.
         if self._provider is not None and self._providers[0] not in runner.providers:
             raise BackendError(
                 f"--provider {self._provider}: {self._providers[0]} did not start; check the GPU and its driver, "
@@ -126,8 +126,8 @@ def available_providers() -> tuple[str, ...]:
     return tuple(name for name in PROVIDERS["cuda"] if name in available)
 
 
-def check_provider(provider: ProviderName) -> tuple[str, ...]:
-    """The execution providers of a choice. Raises BackendError where this ONNX Runtime lacks one.
+def execution_providers(provider: ProviderName) -> tuple[str, ...]:
+    """The execution providers of a value of `--provider`. Raises BackendError where this ONNX Runtime lacks one.
 
     A missing GPU is found only when a graph is loaded.
     """
@@ -135,7 +135,7 @@ def check_provider(provider: ProviderName) -> tuple[str, ...]:
     for name in PROVIDERS[provider]:
         if name not in available:
             raise BackendError(
-                f"--provider {provider}: this ONNX Runtime {ort.__version__} has no {name}; "
+                f"--provider {provider}: the installed ONNX Runtime {ort.__version__} has no {name}; "
                 "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
             )
     return PROVIDERS[provider]

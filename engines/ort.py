@@ -1,8 +1,7 @@
 """ONNX Runtime, imported with its telemetry off.
 
-ONNX Runtime 1.32 otherwise writes a device id and a database of events into the user's cache folder when it is
-imported, and uploads the events. It reads the variable once, at that moment, so all code here imports it from this
-module.
+Otherwise, ONNX Runtime 1.32 writes a device id and a database of events into the user's cache folder on import, and
+uploads the events. It reads the variable only on import, so all code of this project imports it from this module.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""From the PyTorch reference to ONNX bundles."""
+"""Exports the PyTorch reference to bundles of ONNX graphs and TensorRT engines."""

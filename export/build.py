@@ -1,7 +1,7 @@
-"""Builds a bundle: each component in turn, exported, gated, and only what changed.
+"""Builds a bundle: exports each component in turn, checks its parity, and rebuilds only what changed.
 
-No component is ever in memory: graphs are traced from modules without weights, weights go from the checkpoint to the
-bundle a tensor at a time. The new bundle grows beside the old one and takes its place whole at the end.
+No component is ever whole in memory: graphs are traced from modules without weights, and weights are copied from the
+checkpoint to the bundle one tensor at a time. The new bundle is built beside the old one and replaces it at the end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ttt_video_engine.export.engines import EngineRequest, build_engines, bytes_built, check_gpus
+from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
 from ttt_video_engine.export.graphs.components import component_graphs, graph_weights
 from ttt_video_engine.export.graphs.graph import OPSET, Graph, read_signature, save, trace
-from ttt_video_engine.export.graphs.journal import journal_of
+from ttt_video_engine.export.graphs.journal import journal_path
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, WeightFile, lay_out, write_weights
-from ttt_video_engine.export.keys import TOOLS, Key, differences, graph_key, package_version, weights_key
+from ttt_video_engine.export.keys import TOOLS, Key, graph_key, key_changes, package_version, weights_key
 from ttt_video_engine.export.parity.gate import Gate
 from ttt_video_engine.export.sources.source import Component, ModelSource, components_of
 from ttt_video_engine.export.stage import Stage, export_lock, open_stage
-from ttt_video_engine.export.swap import bundle_files, settle
+from ttt_video_engine.export.swap import bundle_files, finish_replacement
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
 from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.runtime.bundle import (
@@ -37,11 +37,11 @@ from ttt_video_engine.runtime.callbacks import Progress, Report
 from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
-from ttt_video_engine.runtime.files import check_replaceable, check_space, sha256_of, writing
+from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
-"""At most, for a graph without its weights: the largest of the 5B model has 3.1 MB."""
+"""Upper bound in bytes for a graph without its weights. The largest graph of the 5B model has 3.1 MB."""
 
 
 def _no_progress(phase: str, done: int, total: int) -> None:
@@ -49,8 +49,8 @@ def _no_progress(phase: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What few exports ask for: TensorRT engines, progress of long stages, and TTT nodes as standard operators."""
+class ExportOptions:
+    """Options of an export: TensorRT engines to build, progress, and TTT nodes inlined as standard operators."""
 
     engines: EngineRequest = field(default_factory=EngineRequest)
     progress: Progress = _no_progress
@@ -63,34 +63,35 @@ def export_bundle(
     lengths: Sequence[str],
     dtype: DType,
     report: Report,
-    extras: Extras | None = None,
+    options: ExportOptions | None = None,
 ) -> Bundle:
-    """Makes or updates the bundle at `output`, for `lengths` and those it already has.
+    """Creates or updates the bundle at `output`, for `lengths` and the lengths that it already has.
 
-    Engines for other GPUs stay while their graphs do, and files that are not the bundle's stay in its folder. `report`
-    is told in a line each what is built, why, and how parity came out. Raises CheckFailed where a component is over
-    tolerance. However it ends before the end, `output` is then as it was, and what was finished waits beside it for the
-    next export. Raises OutputError, before any work, where another export of the same bundle is running, and where
-    `output` cannot be replaced or holds anything but a bundle.
+    Engines for other GPUs are kept while their graphs are unchanged. Files that are not the bundle's stay in its
+    folder. `report` receives one line for each thing that is built, with the reason, and one for each parity result.
+
+    If the export fails or is interrupted, `output` is unchanged, and the finished files stay beside it for the next
+    export. Raises CheckFailed if a component exceeds the parity tolerance. Raises OutputError, before any work, if
+    another export of the same bundle is running, or if `output` cannot be replaced or holds anything but a bundle.
     """
-    extras = extras or Extras()
-    check_gpus(extras.engines.gpus)
+    options = options or ExportOptions()
+    check_gpus(options.engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
-    output = check_replaceable(output)
+    output = replaceable_path(output)
     components = components_of(source)
     with writing(output), export_lock(output):
-        previous = _previous(output)
-        has = () if previous is None else previous.manifest.lengths
-        lengths = sorted({*lengths, *has}, key=num_scenes)
-        with _staging(output, previous, report) as stage:
-            build = _Build(source, components, dtype, lengths, stage, report, extras.progress, extras.inline)
-            build.check_space(output, extras.engines.gpus)
+        previous = _previous_bundle(output)
+        previous_lengths = () if previous is None else previous.manifest.lengths
+        lengths = sorted({*lengths, *previous_lengths}, key=num_scenes)
+        with _opened_stage(output, previous, report) as stage:
+            build = _Build(source, components, dtype, lengths, stage, report, options.progress, options.inline)
+            build.check_space(output, options.engines.gpus)
             build.tokenizer()
             for name in components:
                 build.component(name)
-            build.engines(extras.engines)
-            if previous is not None and not build.changed and list(has) == lengths:
+            build.engines(options.engines)
+            if previous is not None and not build.changed and list(previous_lengths) == lengths:
                 report("nothing has changed")
                 stage.discard()
                 return previous
@@ -100,7 +101,7 @@ def export_bundle(
 
 @dataclass
 class _Build:
-    """A bundle in the making."""
+    """The state of one export."""
 
     source: ModelSource
     components: Mapping[str, Component[nn.Module]]
@@ -126,24 +127,27 @@ class _Build:
         self._gate = Gate(self.model, self.components, self.dtype, self.stage.root / TOKENIZER)
 
     def check_space(self, output: Path, gpus: Sequence[str]) -> None:
-        """Raises OutputError unless the disk has room for all that may have to be written."""
+        """Raises OutputError unless the disk has room for all files that the export may write."""
         previous = self.stage.previous
         folders = [self.stage.root] if previous is None else [previous.root, self.stage.root]
-        built = bytes_built(folders, gpus)
+        existing_engines = engine_bytes(folders, gpus)
         needs = {}
         for name in self.components:
             file, _ = self._layout(name)
             graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
             engines = graphs * len(gpus) * file.size  # an engine holds the weights of its graph
             if self.stage.has_weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)):
-                engines = max(0, engines - sum(size for graph, size in built.items() if graph.startswith(name)))
+                engines = max(
+                    0, engines - sum(size for graph, size in existing_engines.items() if graph.startswith(name))
+                )
                 weights = 0
             else:
-                weights = file.size - (file.path.stat().st_size if journal_of(file.path).exists() else 0)
+                weights = file.size - (file.path.stat().st_size if journal_path(file.path).exists() else 0)
             needs[name] = weights + graphs * GRAPH_BYTES + engines
         check_space(output, needs)
 
     def tokenizer(self) -> None:
+        """Writes the tokenizer into the stage."""
         path = self.stage.root / TOKENIZER
         path.parent.mkdir(exist_ok=True)
         self.source.tokenizer().save(str(path))
@@ -153,7 +157,7 @@ class _Build:
             self.changed = True
 
     def component(self, name: str) -> None:
-        """Brings the weights of one component and its graphs into the stage, built or taken over."""
+        """Builds or reuses the weights and the graphs of one component."""
         file, entry = self._weights(name)
         module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
         for graph in component_graphs(module, self.model, self.lengths, inline=self.inline):
@@ -165,24 +169,24 @@ class _Build:
                 length=graph.length,
                 inline=graph.inline,
             )
-            kept = self.stage.graph(graph.name, key)
-            if kept is not None:
+            reused = self.stage.find_graph(graph.name, key)
+            if reused is not None:
                 self.report(f"{graph.name}: unchanged")
-            self.graphs[graph.name] = kept or self.stage.add_graph(graph.name, self._graph(graph, file, key))
-            self.changed = self.changed or not self._is_previous(graph.name)
+            self.graphs[graph.name] = reused or self.stage.add_graph(graph.name, self._build_graph(graph, file, key))
+            self.changed = self.changed or not self._is_unchanged(graph.name)
 
     def engines(self, request: EngineRequest) -> None:
-        """Brings TensorRT's engines into the stage, built or taken over."""
-        before, manifest, root = self.stage.previous, self.manifest(), self.stage.root
-        previous = None if before is None else before.root
-        if build_engines(manifest, root, previous, request, self.report, self.progress):
+        """Builds or reuses the TensorRT engines."""
+        previous, manifest, root = self.stage.previous, self.manifest(), self.stage.root
+        previous_root = None if previous is None else previous.root
+        if build_engines(manifest, root, previous_root, request, self.report, self.progress):
             self.changed = True
-        had = [] if before is None else [name for name in before.manifest.files if name.startswith(ENGINES)]
-        if not all((root / name).exists() for name in had):  # damaged, or of a program before this one
+        files = [] if previous is None else [name for name in previous.manifest.files if name.startswith(ENGINES)]
+        if not all((root / name).exists() for name in files):  # damaged, or of an older version of this program
             self.changed = True
 
     def manifest(self) -> Manifest:
-        """What the stage holds; it then holds nothing else."""
+        """The manifest of the stage. Removes the files of earlier exports that it does not list."""
         weights = {graph.weights for graph in self.graphs.values()}
         return Manifest(
             model=self.model,
@@ -197,13 +201,13 @@ class _Build:
         )
 
     def _weights(self, name: str) -> tuple[WeightFile, FileEntry]:
-        """The weight file of a component: of an earlier export where the checkpoint is the same, else written."""
+        """The weight file of a component: reused if the checkpoint is unchanged, otherwise written."""
         file, weights = self._layout(name)
         weights_name, key = f"{name}/{WEIGHTS_FILE}", self._weights_key(name)
-        entry = self.stage.weights(weights_name, key)
+        entry = self.stage.find_weights(weights_name, key)
         if entry is None:
             self.report(f"{name}: {file.size:,} bytes of weights")
-            self.stage.place(weights_name)
+            self.stage.prepare_file(weights_name)
             entry = write_weights(
                 weights,
                 file,
@@ -213,12 +217,13 @@ class _Build:
             )
             previous = self.stage.previous
             if previous is not None and previous.manifest.files.get(weights_name) == entry:
-                entry = self.stage.reuse_weights(weights_name, key)  # another checkpoint of the same weights
+                entry = self.stage.reuse_weights(weights_name, key)  # another checkpoint with the same weights
             else:
                 entry = self.stage.add_weights(weights_name, key, entry)
         return file, entry
 
     def _layout(self, name: str) -> tuple[WeightFile, LazyStateDict]:
+        """The layout of a component's weight file, and the weights."""
         component = self.components[name]
         weights = graph_weights(component.build, component.weights, self.source.model)
         path = self.stage.root / name / WEIGHTS_FILE
@@ -227,32 +232,38 @@ class _Build:
     def _weights_key(self, name: str) -> Key:
         return weights_key(self.source.model, origin=self.components[name].origin, dtype=self.dtype)
 
-    def _graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
-        self.report(f"{graph.name}: {self._why(graph.name, key)}")
-        path = self.stage.place(graph.file)
+    def _build_graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
+        """Traces and writes a graph, and checks its parity. Raises CheckFailed if it exceeds the tolerance."""
+        self.report(f"{graph.name}: {self._build_reason(graph.name, key)}")
+        path = self.stage.prepare_file(graph.file)
         save(trace(graph), path, weights, graph.ttt, inline=graph.inline)
         part = self._gate.part(graph.component)
         if part:
-            self.report(f"{graph.name}: too large to run here; held to the reference by {part}, with their own weights")
+            self.report(
+                f"{graph.name}: too large to run here; a subset with its weights is compared with the reference: {part}"
+            )
         parity = self._gate.check(graph, path, weights)
         worst = max(parity, key=lambda check: check.max_error)
         self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.0e} allowed ({worst.inputs})")
         name = weights.path.relative_to(self.stage.root).as_posix()
         return GraphEntry(graph.file, name, *read_signature(path), parity, key)
 
-    def _is_previous(self, name: str) -> bool:
+    def _is_unchanged(self, name: str) -> bool:
         previous = self.stage.previous
         return previous is not None and previous.manifest.graphs.get(name) == self.graphs[name]
 
-    def _why(self, name: str, key: Key) -> str:
+    def _build_reason(self, name: str, key: Key) -> str:
         previous = self.stage.previous
         entry = None if previous is None else previous.manifest.graphs.get(name)
-        return "new" if entry is None else ", ".join(differences(entry.key, key))
+        return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def _previous(output: Path) -> Bundle | None:
-    """The bundle that is there, if it is whole. Raises OutputError for a folder that holds anything else."""
-    settle(output)
+def _previous_bundle(output: Path) -> Bundle | None:
+    """The bundle at `output`; None if there is none or it is damaged.
+
+    Raises OutputError if the folder holds anything but a bundle.
+    """
+    finish_replacement(output)
     if not bundle_files(output):
         return None
     try:
@@ -264,12 +275,12 @@ def _previous(output: Path) -> Bundle | None:
 
 
 @contextmanager
-def _staging(output: Path, previous: Bundle | None, report: Report) -> Iterator[Stage]:
+def _opened_stage(output: Path, previous: Bundle | None, report: Report) -> Iterator[Stage]:
     stage = open_stage(output, previous, report)
     try:
         yield stage
     except BaseException:
         kept = stage.suspend()
         if kept:
-            report(f"{kept:,} bytes that are finished stay in {stage.root}: export again to go on, or remove it")
+            report(f"{kept:,} bytes are finished and stay in {stage.root}: export again to resume, or remove it")
         raise

@@ -1,9 +1,9 @@
-"""Which code decides what an export writes: the one place that says so.
+"""Lists the code that determines what an export writes. Content keys hold a digest of it.
 
-Files are kept while their code is the same. So an artefact's sources are all modules that decide its bytes, and no
-others: 14 GB of weights are not written again for a change in a report. A test walks the imports of the `makers` and
-holds that every module it meets is among the sources or, with the reason, aside. The tokenizer is not here: it is made
-by every export and compared by its content.
+A file is reused while this code is unchanged. So an artefact's sources are exactly the modules that determine its
+bytes: a change to a report must not rewrite 14 GB of weights. A test follows the imports of the `entry_points` and
+checks that every module is listed in `sources`, or in `excluded` with a reason. The tokenizer is not listed: every
+export makes it and compares its content.
 """
 
 import ast
@@ -15,20 +15,20 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
 
-_MANIFEST = "what the manifest holds and how it is checked"
-_RUNS = "what runs a graph or says how it went"
-_NO_BYTES = {
-    "export/graphs/journal.py": "how much of a file is on the disk; what is written is read back",
-    "runtime/callbacks.py": "how progress is told",
+_MANIFEST = "fields and checks of the manifest"
+_EXECUTION = "runs a graph or reports on the run"
+_NEVER_DECIDES = {
+    "export/graphs/journal.py": "progress of a file; the file is read back and verified",
+    "runtime/callbacks.py": "reports progress",
     "runtime/errors.py": "messages",
-    "runtime/files.py": "how files are put on the disk",
+    "runtime/files.py": "writes files atomically",
     "runtime/graph_files.py": _MANIFEST,
-    "runtime/runner.py": _RUNS,
+    "runtime/runner.py": _EXECUTION,
     "runtime/settings.py": _MANIFEST,
-    "runtime/user_cache.py": "where caches lie",
-    "runtime/verified.py": "which files were read before",
+    "runtime/user_cache.py": "location of caches",
+    "runtime/verified.py": "which files were verified before",
 }
-_READERS = (
+_CHECKPOINT_READERS = (
     "damage",
     "distributed",
     "distributed_table",
@@ -42,32 +42,35 @@ _READERS = (
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
-    """A kind of file, and what decides its bytes: patterns of `sources` and the `tools`, by their package names.
+    """A kind of file, and what determines its bytes.
 
-    `makers` make it. `aside` are modules that they import which decide nothing of it, each with the reason.
+    `entry_points` are the modules that write it. `sources` are glob patterns of the modules that determine its bytes,
+    `tools` the packages that do. `excluded` maps every other module that is imported to the reason why it does not.
     """
 
-    makers: tuple[str, ...]
+    entry_points: tuple[str, ...]
     sources: tuple[str, ...]
     tools: tuple[str, ...]
-    aside: Mapping[str, str]
+    excluded: Mapping[str, str]
 
     def files(self, package: Path = PACKAGE) -> list[Path]:
-        """The sources, by name."""
+        """The source files, sorted."""
         return sorted({path for pattern in self.sources for path in package.glob(pattern)})
 
     def digest(self, package: Path = PACKAGE) -> str:
-        """Digest of the code of the sources, by their names in the package; comments and docstrings are not code."""
+        """SHA-256 of the names and the code of the sources. Comments and docstrings do not count."""
         digest = hashlib.sha256()
         for path in self.files(package):
-            digest.update(f"{path.relative_to(package).as_posix()}\0{_code(path.read_text('utf-8'))}\0".encode())
+            digest.update(
+                f"{path.relative_to(package).as_posix()}\0{_normalised_source(path.read_text('utf-8'))}\0".encode()
+            )
         return digest.hexdigest()
 
 
 WEIGHTS = Artefact(
-    makers=("export/graphs/components.py", "export/graphs/weights.py", "export/sources/source.py"),
+    entry_points=("export/graphs/components.py", "export/graphs/weights.py", "export/sources/source.py"),
     sources=(
-        "export/graphs/components.py",  # names and order
+        "export/graphs/components.py",  # names and order of weights
         "export/graphs/weights.py",
         "export/sources/source.py",
         "reference/attention.py",
@@ -81,19 +84,19 @@ WEIGHTS = Artefact(
         "runtime/dtypes.py",
     ),
     tools=("safetensors", "torch", "transformers"),
-    aside={
-        **_NO_BYTES,
-        "export/graphs/graph.py": "graphs, whose weights are placeholders",
+    excluded={
+        **_NEVER_DECIDES,
+        "export/graphs/graph.py": "traces graphs with placeholder weights",
         "export/graphs/repeat.py": "graphs",
         "export/graphs/ttt_op.py": "graphs",
-        "export/sources/stored_scale.py": "a size, which is in the model's config",
+        "export/sources/stored_scale.py": "sets a field of the model's config",
         "export/sources/tokenizer.py": "the tokenizer",
-        "planning/shapes.py": "which models can be seeded",
-        "reference/layout.py": "the order of tokens; has no weights",
-        "reference/rope.py": "angles; has no weights",
+        "planning/shapes.py": "decides which models can be seeded",
+        "reference/layout.py": "order of tokens; has no weights",
+        "reference/rope.py": "rotary angles; has no weights",
         "reference/ttt.py": "the scan; its weights are the layer's",
         "runtime/bundle.py": _MANIFEST,
-        "runtime/presets.py": "sizes, which are in the model's config",
+        "runtime/presets.py": "sizes; the key has the model's config",
         "runtime/storyboard.py": "the tokenizer",
         "runtime/tokenizer.py": "the tokenizer",
         "runtime/tokenizer_file.py": "the tokenizer",
@@ -102,13 +105,13 @@ WEIGHTS = Artefact(
 )
 
 GRAPHS = Artefact(
-    makers=("export/graphs/components.py", "export/graphs/graph.py"),
+    entry_points=("export/graphs/components.py", "export/graphs/graph.py"),
     sources=(
         "export/graphs/components.py",
         "export/graphs/graph.py",
         "export/graphs/repeat.py",
         "export/graphs/ttt_op.py",
-        "export/graphs/weights.py",  # where each weight lies
+        "export/graphs/weights.py",  # offsets of the weights
         "reference/*.py",
         "runtime/bundle.py",  # names and shapes of inputs
         "runtime/config.py",
@@ -116,14 +119,14 @@ GRAPHS = Artefact(
         "runtime/ttt_op.py",
     ),
     tools=("onnx", "onnx-ir", "onnxscript", "torch", "transformers"),
-    aside={
-        **_NO_BYTES,
-        **{f"reference/checkpoints/{name}.py": "values of weights, which no graph holds" for name in _READERS},
+    excluded={
+        **_NEVER_DECIDES,
+        **{f"reference/checkpoints/{name}.py": "values of weights; a graph holds none" for name in _CHECKPOINT_READERS},
     },
 )
 
 ENGINES = Artefact(
-    makers=("export/engines.py", "engines/tensorrt/builder.py"),
+    entry_points=("export/engines.py", "engines/tensorrt/builder.py"),
     sources=(
         "engines/kernels/compile.py",
         "engines/kernels/cubin.py",
@@ -137,16 +140,16 @@ ENGINES = Artefact(
         "runtime/dtypes.py",
         "runtime/ttt_op.py",
     ),
-    tools=("triton",),  # beside the package that builds, which is a part of the key of its own
-    aside={
-        **_NO_BYTES,
-        "engines/cuda.py": _RUNS,
-        "engines/kernels/launch.py": "launches a kernel that is there",
-        "engines/tensorrt/checks.py": _RUNS,
-        "export/code.py": "what goes into keys",
-        "export/keys.py": "what goes into keys",
-        "export/stage.py": "where files wait",
-        "export/swap.py": "where files wait",
+    tools=("triton",),  # the key has the TensorRT package as a part of its own
+    excluded={
+        **_NEVER_DECIDES,
+        "engines/cuda.py": _EXECUTION,
+        "engines/kernels/launch.py": "launches a compiled kernel",
+        "engines/tensorrt/checks.py": _EXECUTION,
+        "export/code.py": "computes keys",
+        "export/keys.py": "computes keys",
+        "export/stage.py": "manages the stage",
+        "export/swap.py": "manages the stage",
         "planning/fit.py": "warnings",
         "planning/flops.py": "warnings",
         "planning/memory.py": "warnings",
@@ -154,22 +157,26 @@ ENGINES = Artefact(
         "planning/shapes.py": "warnings",
         "planning/table.py": "warnings",
         "runtime/bundle.py": _MANIFEST,
-        "runtime/config.py": "sizes, which are those of the graph",
-        "runtime/presets.py": "sizes, which are those of the graph",
+        "runtime/config.py": "sizes; the graph has them",
+        "runtime/presets.py": "sizes; the graph has them",
     },
 )
 
 
 @cache
-def _code(source: str) -> str:
-    """Source as Python understands it: without comments, docstrings and layout."""
+def _normalised_source(source: str) -> str:
+    """Python source without comments, docstrings and formatting."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]  # it has one
+            node.body = [part for part in body if not _is_docstring(part)]  # type: ignore[attr-defined]  # it has a body
     return ast.unparse(tree)
 
 
-def _is_text(part: ast.stmt) -> bool:
-    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
+def _is_docstring(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

@@ -1,4 +1,4 @@
-"""TensorRT engines of a bundle: one per graph and GPU, built again only where what they are made of has changed."""
+"""TensorRT engines of a bundle: one per graph and GPU, rebuilt only if their content key changed."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
@@ -21,8 +21,8 @@ from ttt_video_engine.engines.tensorrt.engine import (
     readable_engines,
 )
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
-from ttt_video_engine.export.keys import Key, differences, engine_environment, package_version
-from ttt_video_engine.export.stage import is_written
+from ttt_video_engine.export.keys import Key, engine_environment, key_changes, package_version
+from ttt_video_engine.export.stage import is_export_file
 from ttt_video_engine.planning.fit import MORE_RAM, available_ram
 from ttt_video_engine.planning.memory import build_memory
 from ttt_video_engine.planning.report import gib
@@ -34,15 +34,15 @@ from ttt_video_engine.runtime.files import link_or_copy
 from ttt_video_engine.runtime.runner import TensorSpec
 
 TRANSFORMER_BATCHES = (1, 2)
-"""Smallest and largest batch of the transformer: with --low-memory the branches run one after the other."""
+"""Minimum and maximum batch of the transformer: with --low-memory the guidance branches run one after the other."""
 
 GraphOnGpu = tuple[str, str]
-"""A graph and the GPU that its engine is for."""
+"""(graph name, GPU architecture) of an engine."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """TensorRT engines to have in a bundle: for which GPUs, built how."""
+    """The engines that an export builds: GPU architectures such as `sm_89`, and the builder's settings."""
 
     gpus: tuple[str, ...] = ()
     settings: BuildSettings = field(default_factory=BuildSettings)
@@ -56,35 +56,35 @@ def build_engines(
     report: Report,
     progress: Progress,
 ) -> bool:
-    """Fills `stage`/engines with the engines of every graph that are asked for; whether any is new.
+    """Writes the requested engines of every graph into `stage`. Returns whether the set of engines changed.
 
-    `stage` holds the graphs that `manifest` describes; engines of the bundle at `previous` are taken over where they
-    are made of the same, those for other GPUs too, and so are those that an export that was stopped left in `stage`.
-    Raises BackendError where a build fails.
+    `stage` holds the graphs that `manifest` describes. Engines are reused from the bundle at `previous`, those for
+    other GPUs included, and from an interrupted export in `stage`, if their keys match. Raises BackendError if a build
+    fails.
     """
     engines, settings = readable_engines(previous) if previous else [], request.settings
     old = {(engine.entry.graph, engine.entry.gpu): engine for engine in engines}
     wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in manifest.graphs for gpu in request.gpus}
-    finished = _finished(stage, wanted)
+    finished = _finished_engines(stage, wanted)
     changed = False
     for (graph, gpu), engine in old.items():
-        if (graph, gpu) not in wanted and _usable(manifest, engine):
+        if (graph, gpu) not in wanted and _matches_bundle(manifest, engine):
             _reuse_engine(engine, stage)
         elif (graph, gpu) not in wanted:
-            report(f"{graph} for {gpu}: dropped, its graph has changed; build it again with --gpu {gpu}")
+            report(f"{graph} for {gpu}: dropped because its graph has changed; add --gpu {gpu} to rebuild it")
             changed = True
     for (graph, gpu), key in sorted(wanted.items()):
-        before = old.get((graph, gpu))
-        why = ["new"] if before is None else differences(before.entry.key, key)
-        if before is not None and not why:
+        existing = old.get((graph, gpu))
+        reasons = ["new"] if existing is None else key_changes(existing.entry.key, key)
+        if existing is not None and not reasons:
             report(f"{graph} for {gpu}: unchanged")
-            _reuse_engine(before, stage)
+            _reuse_engine(existing, stage)
             continue
         if (graph, gpu) in finished:
-            report(f"{graph} for {gpu}: was built before the export was stopped")
+            report(f"{graph} for {gpu}: was built by the interrupted export")
             changed = True
             continue
-        report(f"{graph} for {gpu}: {', '.join(why)}")
+        report(f"{graph} for {gpu}: {', '.join(reasons)}")
         _warn_of_memory(graph, manifest.files[manifest.graphs[graph].weights].size, report)
         engine = build_engine(_request(manifest, graph, gpu, settings, key, stage), stage / FOLDER, progress)
         report(f"{graph} for {gpu}: {_summary(engine)}")
@@ -92,28 +92,28 @@ def build_engines(
     return changed
 
 
-def bytes_built(folders: Iterable[Path], gpus: Collection[str]) -> dict[str, int]:
-    """Graph → bytes of its engines for `gpus` that one of these bundles has, or a folder in which one grows."""
+def engine_bytes(folders: Iterable[Path], gpus: Collection[str]) -> dict[str, int]:
+    """Graph → bytes of its engines for `gpus` in these bundles and stages."""
     sizes: dict[GraphOnGpu, int] = {}
     for folder in folders:
         sizes |= {(engine.entry.graph, engine.entry.gpu): engine.entry.size for engine in readable_engines(folder)}
-    built: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for (graph, gpu), size in sizes.items():
         if gpu in gpus:
-            built[graph] = built.get(graph, 0) + size
-    return built
+            totals[graph] = totals.get(graph, 0) + size
+    return totals
 
 
 def check_gpus(gpus: Iterable[str]) -> None:
-    """Raises ConfigError for what is no architecture, BackendError where the package that builds for one is missing."""
+    """Raises ConfigError for an unknown architecture, BackendError if the package that builds for it is missing."""
     for gpu in gpus:
         load_package(package_for(gpu))
 
 
 def stale_engines(manifest: Manifest, engines: Iterable[EngineFile]) -> dict[str, list[str]]:
-    """EngineFile → why the same export would build it again here; empty where it would be kept."""
+    """Engine file name → why the same export would rebuild it with this installation; empty if it would be reused."""
     return {
-        engine.path.name: differences(
+        engine.path.name: key_changes(
             engine.entry.key, _key(manifest, engine.entry.graph, engine.entry.gpu, engine.entry.settings)
         )
         if engine.entry.graph in manifest.graphs
@@ -122,22 +122,24 @@ def stale_engines(manifest: Manifest, engines: Iterable[EngineFile]) -> dict[str
     }
 
 
-def _finished(stage: Path, wanted: Mapping[GraphOnGpu, Key]) -> set[GraphOnGpu]:
-    """What an export that was stopped has built of the engines that are `wanted`, by their keys, each held to its
-    digest; the files of all others are removed."""
+def _finished_engines(stage: Path, wanted: Mapping[GraphOnGpu, Key]) -> set[GraphOnGpu]:
+    """The `wanted` engines that an interrupted export built in `stage`: their keys and digests match.
+
+    Removes the files of all other engines.
+    """
     engines = [
         engine
         for engine in readable_engines(stage)
-        if wanted.get((engine.entry.graph, engine.entry.gpu)) == engine.entry.key and _is_whole(engine)
+        if wanted.get((engine.entry.graph, engine.entry.gpu)) == engine.entry.key and _is_intact(engine)
     ]
     kept = {path for engine in engines for path in _files(engine)}
     for path in (stage / FOLDER).rglob("*"):
-        if path.is_file() and path not in kept and is_written(path.relative_to(stage).as_posix()):
+        if path.is_file() and path not in kept and is_export_file(path.relative_to(stage).as_posix()):
             path.unlink()
     return {(engine.entry.graph, engine.entry.gpu) for engine in engines}
 
 
-def _is_whole(engine: EngineFile) -> bool:
+def _is_intact(engine: EngineFile) -> bool:
     try:
         engine.verify()
         for cubin in set(engine.entry.plugins.values()):
@@ -150,7 +152,7 @@ def _is_whole(engine: EngineFile) -> bool:
 def profiles(
     model: ModelConfig, lengths: Collection[str], inputs: Iterable[TensorSpec], name: str
 ) -> tuple[Profile, ...]:
-    """One profile with the shapes that the pipeline feeds a graph; none where no axis is free."""
+    """One optimization profile with the input shapes that the pipeline uses; none if the graph has no dynamic axes."""
     text_lengths = [model.text_lengths[length] for length in lengths]
     ranges = {"batch": TRANSFORMER_BATCHES}
     if name == TEXT_ENCODER:
@@ -184,7 +186,7 @@ def _request(manifest: Manifest, name: str, gpu: str, settings: BuildSettings, k
 
 
 def _scans(manifest: Manifest, name: str) -> Scans | None:
-    """A transformer reads every layer's clip forwards and backwards."""
+    """The TTT scans of a transformer: two per layer, forward and backward in time. None for other graphs."""
     config = manifest.model.transformer
     if name not in {transformer_graph_name(length) for length in manifest.lengths}:
         return None
@@ -192,14 +194,14 @@ def _scans(manifest: Manifest, name: str) -> Scans | None:
 
 
 def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Key:
-    """Everything that could change an engine."""
+    """The key of an engine: everything that could change it."""
     graph = manifest.graphs[name]
     package = package_for(gpu)
     shapes = profiles(manifest.model, manifest.lengths, graph.inputs, name)
     environment = engine_environment()
     if _scans(manifest, name) is None:
-        settings = replace(settings, plugins=True)  # nothing there that they could be for
-        del environment["tool triton"]  # which compiles the kernels of plugins
+        settings = replace(settings, plugins=True)  # without TTT nodes the setting has no effect
+        del environment["tool triton"]  # Triton compiles the kernels of plugins only
     return {
         "graph": _digest(manifest.files, graph.file),
         "weights": _digest(manifest.files, graph.weights),
@@ -216,16 +218,16 @@ def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Ke
 def _warn_of_memory(graph: str, weights: int, report: Report) -> None:
     needs, free = build_memory(weights), available_ram()
     if free is not None and needs > free:
-        report(f"warning: {graph}: TensorRT takes {gib(needs)} of RAM, {gib(free)} are free here; {MORE_RAM}")
+        report(f"warning: {graph}: the TensorRT build needs {gib(needs)} of RAM, {gib(free)} are free; {MORE_RAM}")
 
 
-def _usable(manifest: Manifest, engine: EngineFile) -> bool:
-    """Whether an engine still is of the bundle's graph and weights; packages and code may have moved on."""
+def _matches_bundle(manifest: Manifest, engine: EngineFile) -> bool:
+    """Whether an engine was built from the bundle's graph and weights. Packages and code may have changed since."""
     graph = manifest.graphs.get(engine.entry.graph)
     if graph is None:
         return False
-    here = (_digest(manifest.files, graph.file), _digest(manifest.files, graph.weights), manifest.dtype)
-    return here == tuple(engine.entry.key.get(part) for part in ("graph", "weights", "precision"))
+    current = (_digest(manifest.files, graph.file), _digest(manifest.files, graph.weights), manifest.dtype)
+    return current == tuple(engine.entry.key.get(part) for part in ("graph", "weights", "precision"))
 
 
 def _digest(files: Mapping[str, FileEntry], name: str) -> str:
@@ -240,7 +242,7 @@ def _summary(engine: EngineFile) -> str:
 
 
 def _reuse_engine(engine: EngineFile, stage: Path) -> None:
-    """An engine, its JSON and the cubins it launches, from the bundle before."""
+    """Links or copies an engine, its JSON and its cubins from the previous bundle into the stage."""
     bundle = engine.path.parent.parent
     for path in _files(engine):
         target = stage / path.relative_to(bundle)
@@ -250,7 +252,7 @@ def _reuse_engine(engine: EngineFile, stage: Path) -> None:
 
 
 def _files(engine: EngineFile) -> list[Path]:
-    """An engine, its JSON, and the files of the kernels that it launches, each with its JSON."""
+    """Paths of an engine, its JSON, and the cubins that it launches, each with its JSON."""
     folder = engine.path.with_name(Path(KERNELS).name)
     cubins = [path for cubin in sorted(set(engine.entry.plugins.values())) for path in folder.glob(f"{cubin}.*")]
     return [engine.path, entry_path(engine.path), *cubins]

@@ -1,4 +1,7 @@
-"""What a file of a bundle was made from, and why it would be made again. Reads no weights and imports no torch."""
+"""Content keys: what each file of a bundle was built from. A file is rebuilt when its key changes.
+
+Computing a key reads no weights and imports no torch.
+"""
 
 import hashlib
 from functools import cache
@@ -11,13 +14,14 @@ from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import ModelConfig
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors")
-"""What a bundle says it was made with."""
+"""The packages whose versions a bundle records."""
 
 Key = dict[str, str]
+"""Name of an input → its value, digest or version."""
 
 
 @cache
-def _installed(artefact: Artefact) -> tuple[tuple[str, str], ...]:
+def _code_and_tools(artefact: Artefact) -> tuple[tuple[str, str], ...]:
     tools = ((f"tool {name}", package_version(name)) for name in artefact.tools)
     return ("code", artefact.digest()), *tools
 
@@ -25,25 +29,25 @@ def _installed(artefact: Artefact) -> tuple[tuple[str, str], ...]:
 def graph_key(
     model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any", inline: bool = False
 ) -> Key:
-    """Everything that could change a graph. Two graphs of equal keys are the same."""
+    """The key of a graph: everything that could change it. Graphs with equal keys are identical."""
     model_key = {"preset": model.name, "config": _digest(model), "weights": weights, "length": length}
     functions = "inlined" if inline else "kept"
     key = {**model_key, "precision": dtype, "opset": str(opset), "functions": functions}
-    return key | dict(_installed(GRAPHS))
+    return key | dict(_code_and_tools(GRAPHS))
 
 
 def weights_key(model: ModelConfig, *, origin: str, dtype: str) -> Key:
-    """Everything that could change a weight file, without reading it: files of equal keys need not be written again."""
-    return {"origin": origin, "config": _digest(model), "precision": dtype, **dict(_installed(WEIGHTS))}
+    """The key of a weight file: everything that could change it. A file with an equal key is reused."""
+    return {"origin": origin, "config": _digest(model), "precision": dtype, **dict(_code_and_tools(WEIGHTS))}
 
 
 def engine_environment() -> Key:
-    """The part of an engine's key that this installation fixes, but for the package that builds it."""
-    return dict(_installed(ENGINES))
+    """The code and tool versions in an engine's key, without the TensorRT package, which depends on the GPU."""
+    return dict(_code_and_tools(ENGINES))
 
 
-def differences(old: Key, new: Key) -> list[str]:
-    """One short reason for each part of a key that differs."""
+def key_changes(old: Key, new: Key) -> list[str]:
+    """One short reason for each part of a key that differs; empty if the keys are equal."""
     return [
         f"{part} changed ({old.get(part, 'none')[:16]} → {new.get(part, 'none')[:16]})"
         for part in sorted(old.keys() | new.keys())
@@ -52,16 +56,16 @@ def differences(old: Key, new: Key) -> list[str]:
 
 
 def stale_graphs(bundle: Bundle) -> dict[str, list[str]]:
-    """Graph → why the export of the same model would build it again here; empty where it would be kept."""
-    here = dict(_installed(GRAPHS))
+    """Graph → why an export of the same model would rebuild it with this installation; empty if it would be reused."""
+    current = dict(_code_and_tools(GRAPHS))
     return {
-        name: differences({part: value for part, value in graph.key.items() if part in here}, here)
+        name: key_changes({part: value for part, value in graph.key.items() if part in current}, current)
         for name, graph in bundle.manifest.graphs.items()
     }
 
 
 def package_version(package: str) -> str:
-    """The installed version of a package, or that it is not."""
+    """The installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,8 +1,9 @@
-"""A finished folder takes the place of a bundle; files in the bundle's folder that are not the bundle's stay in it.
+"""Replaces a bundle by a finished stage. Files in the bundle's folder that are not the bundle's stay there.
 
-There is a bundle at every moment: two names are exchanged in one step, and where the system has no such step, the old
-bundle lies at `retired_folder`, where opening finds it. After a kill at any moment `settle` goes on: a folder beside
-the bundle with a manifest, but without what a stage notes, is a bundle that was replaced.
+There is a complete bundle at every moment. The two folders are exchanged in one system call. Where the system has no
+such call, the old bundle is first renamed to `retired_folder`, where opening a bundle finds it. If the process is
+killed, `finish_replacement` continues: a folder beside the bundle that has a manifest, but no record of a stage, is a
+bundle that was replaced.
 """
 
 import os
@@ -19,11 +20,11 @@ from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import exchange, sync
 
 FINISHED = "finished.json"
-"""What a stage notes, and what tells a stage from any other folder."""
+"""A stage's record of its finished files. It distinguishes a stage from every other folder."""
 
 
 class _Listing(Struct):
-    """What every format of `bundle.json` has."""
+    """The fields that every version of `bundle.json` has."""
 
     format_version: int
     model: dict[str, Any]
@@ -32,73 +33,73 @@ class _Listing(Struct):
 
 
 def stage_folder(output: Path) -> Path:
-    """Where the successor of a bundle grows."""
+    """The folder in which an export builds the next bundle for `output`."""
     return output.with_name(f".{output.name}.partial")
 
 
 def bundle_files(folder: Path) -> set[str]:
-    """Names of the files of the bundle in `folder`, whole or damaged; none where there is nothing.
+    """Names of the files that the bundle in `folder` lists; empty if the folder is missing or empty.
 
-    Raises OutputError where the folder holds anything, but no bundle of ours: it is not ours to replace.
+    Raises OutputError if the folder holds anything but a bundle: an export must not replace it.
     """
     if not folder.exists() or _is_empty(folder):
         return set()
-    names = _listed(folder)
+    names = _listed_files(folder)
     if names is None:
         raise OutputError(f"{folder}: exists and is not a bundle; choose another folder or remove it")
     return names
 
 
 def replace_bundle(stage: Path, output: Path) -> None:
-    """Gives a stage that is complete and on the disk the name `output`, and clears the bundle away that had it.
+    """Renames a stage that is complete and synced to `output`, and removes the bundle that was there.
 
-    Raises OutputError, before anything has changed, where a file that is not the bundle's has the name of a new one.
+    Raises OutputError, before anything changes, if a file that is not the old bundle's has the name of a new file.
     """
-    for name in _strangers(output, bundle_files(output)):
-        for clash in _clashes(output / name, stage / name):
-            raise OutputError(f"{clash}: is not of the bundle and has the name of a file of it; move it, export again")
+    for name in _foreign_files(output, bundle_files(output)):
+        for conflict in _conflicts(output / name, stage / name):
+            raise OutputError(f"{conflict}: the new bundle has a file of this name; move it and export again")
     if not output.exists():
         os.replace(stage, output)
     elif not exchange(stage, output):
         os.replace(output, retired_folder(output))
         os.replace(stage, output)
     sync(output.parent)
-    settle(output)
+    finish_replacement(output)
 
 
-def settle(output: Path) -> None:
-    """Ends a replacement that was begun: what lies beside `output` is put back or cleared away.
+def finish_replacement(output: Path) -> None:
+    """Finishes a replacement that was interrupted: restores the old bundle, or removes it if the new one is in place.
 
-    Raises OutputError where a folder that is not of an export is in the way.
+    Raises OutputError if the folder for the old bundle exists and holds anything else.
     """
     retired = retired_folder(output)
-    if retired.exists() and _listed(retired) is None and not _is_empty(retired):
-        raise OutputError(f"{retired}: is where an export keeps the bundle that it replaces; move it away")
-    if _listed(retired) is not None and not output.exists():
+    if retired.exists() and _listed_files(retired) is None and not _is_empty(retired):
+        raise OutputError(f"{retired}: the export needs this folder for the bundle that it replaces; move it away")
+    if _listed_files(retired) is not None and not output.exists():
         os.replace(retired, output)
         sync(output.parent)
-    if not output.is_dir() or _listed(output) is None:
+    if not output.is_dir() or _listed_files(output) is None:
         return
     (output / FINISHED).unlink(missing_ok=True)
     for folder in (retired, stage_folder(output)):
         if folder.is_dir() and not (folder / FINISHED).exists():
-            _clear(folder, output)
+            _remove_replaced(folder, output)
 
 
-def remove_files(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Removes the files of these names, and the folders that are then empty."""
+def remove_files(folder: Path, matches: Callable[[str], bool]) -> None:
+    """Removes the files whose names match, then the folders that are empty."""
     for root, _, files in os.walk(folder, topdown=False):
         for path in (Path(root, file) for file in files):
-            if is_ours(path.relative_to(folder).as_posix()):
+            if matches(path.relative_to(folder).as_posix()):
                 path.unlink()
-        with suppress(OSError):  # where it is not empty
+        with suppress(OSError):  # not empty
             os.rmdir(root)
 
 
-def _clear(folder: Path, output: Path) -> None:
-    """Removes a bundle that was replaced, its manifest last; what is not its own moves into its successor."""
-    names = _listed(folder) or set()
-    for name in list(_strangers(folder, names)) if names else []:
+def _remove_replaced(folder: Path, output: Path) -> None:
+    """Removes a replaced bundle, its manifest last. Files that are not the bundle's move to `output`."""
+    names = _listed_files(folder) or set()
+    for name in list(_foreign_files(folder, names)) if names else []:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         _move(folder / name, output / name)
     remove_files(folder, lambda name: name in names and name != MANIFEST)
@@ -106,7 +107,8 @@ def _clear(folder: Path, output: Path) -> None:
         remove_files(folder, lambda name: name == MANIFEST)
 
 
-def _listed(folder: Path) -> set[str] | None:
+def _listed_files(folder: Path) -> set[str] | None:
+    """Names of the files that a bundle's manifest lists, itself included; None without a readable manifest."""
     try:
         listing = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Listing)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -114,33 +116,33 @@ def _listed(folder: Path) -> set[str] | None:
     return {*listing.files, MANIFEST, FINISHED}
 
 
-def _strangers(folder: Path, names: set[str]) -> Iterator[str]:
-    """Files, links and whole folders in `folder` that are not of the bundle of these `names`."""
+def _foreign_files(folder: Path, names: set[str]) -> Iterator[str]:
+    """Files, links and whole folders in `folder` that do not belong to the bundle with the files `names`."""
     parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
-    left = sorted(folder.iterdir()) if folder.is_dir() else []
-    while left:
-        path = left.pop()
+    pending = sorted(folder.iterdir()) if folder.is_dir() else []
+    while pending:
+        path = pending.pop()
         name = path.relative_to(folder).as_posix()
         if name in parents and path.is_dir() and not path.is_symlink():
-            left += sorted(path.iterdir())
+            pending += sorted(path.iterdir())
         elif name not in names:
             yield name
 
 
-def _clashes(source: Path, target: Path) -> Iterator[Path]:
-    """What of `source` cannot be moved to `target`, for there is something else."""
+def _conflicts(source: Path, target: Path) -> Iterator[Path]:
+    """Paths in `source` that cannot be moved to `target`, because the target exists."""
     if not os.path.lexists(target):
         return
     if not _are_folders(source, target):
         yield source
         return
     for child in sorted(source.iterdir()):
-        yield from _clashes(child, target / child.name)
+        yield from _conflicts(child, target / child.name)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Moves a file or a folder, into a folder of that name where there is one; replaces nothing."""
-    with suppress(OSError):  # what cannot be moved stays where it is
+    """Moves a file or a folder. Merges folders, replaces nothing; what cannot be moved stays."""
+    with suppress(OSError):
         if not os.path.lexists(target):
             os.rename(source, target)
         elif _are_folders(source, target):

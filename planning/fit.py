@@ -1,6 +1,6 @@
-"""Whether a model fits, before anything is built, and the least costly settings that make it.
+"""Decides before an export whether a model fits in memory, and finds the least costly settings with which it does.
 
-The verdict on a GPU is that of `tensorrt/checks.py`, from sizes that are estimated instead of read from an engine.
+For a GPU, `tensorrt/checks.py` decides, as it does for a real engine, but from estimated sizes.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.tensorrt.checks import EngineMemory, weight_budget
+from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, weight_budget
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.planning.flops import VideoFlops, video_flops
 from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
@@ -21,15 +21,15 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.settings import BackendName
 
-MORE_RAM = "add swap, or export where there is more"
-"""What to do where TensorRT's build does not fit."""
+MORE_RAM = "add swap, or export on a machine with more RAM"
+"""The cure where the RAM is too small for TensorRT to build an engine."""
 
 GRAPHS = {"text_encoder": 1, "transformer": 1, "vae_decoder": 2}
-"""Graphs of one length; TensorRT builds the weights into the engine of each."""
+"""Number of graphs by component, for one length. The engine of each graph contains its weights."""
 
 
 class MemorySettings(Struct, frozen=True, kw_only=True):
-    """Settings that change how much memory a video takes."""
+    """Settings that determine how much memory a video needs. `length` is a name such as "9s"."""
 
     length: str
     dtype: DType
@@ -38,10 +38,10 @@ class MemorySettings(Struct, frozen=True, kw_only=True):
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """Settings and the memory that its largest component needs, on the GPU or, in ONNX Runtime, in RAM.
+    """Settings, and the bytes that they need.
 
-    `fits` is None where there is nothing to fit in. `ram` is what the machine needs besides; with weights streamed it
-    holds all of them.
+    `component` is the one that needs most: `needed` bytes of GPU memory, or of RAM in ONNX Runtime. `fits` is None
+    where the available memory is unknown. `ram` is the RAM that rendering needs; streamed weights are part of it.
     """
 
     settings: MemorySettings
@@ -52,9 +52,11 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
 
 class ComponentNeeds(Struct, frozen=True, kw_only=True):
-    """One component with the settings asked for. `gpu`, and `build_ram` to build its engines with, are None in ONNX
-    Runtime; `disk` is without graphs, which are small, where there is no bundle yet; `flops` are those of a whole
-    video."""
+    """What one component needs with the requested settings, in bytes.
+
+    `ram` is for rendering, `build_ram` for building its engines. `build_ram` and `gpu` are None in ONNX Runtime. `disk`
+    does not include the graph files, which are small, before there is a bundle. `flops` are those of a whole video.
+    """
 
     parameters: int
     disk: int
@@ -65,15 +67,18 @@ class ComponentNeeds(Struct, frozen=True, kw_only=True):
 
 
 class Stored(Struct, frozen=True):
-    """Parameters of a component in a checkpoint, and their bytes."""
+    """Number of parameters of a component in a checkpoint, and their size in bytes."""
 
     parameters: int
     size: int
 
 
 class Fit(Struct, frozen=True, kw_only=True):
-    """What `ttt-video plan` found. `available` is the memory to fit in, None where it was not given; `ram_here` is what
-    this machine has free, where it says."""
+    """The result of `ttt-video plan`, in bytes and FLOPs.
+
+    `available` is the memory in which the model must fit, `ram_here` is the free RAM of this machine. Each is None
+    where it is unknown. `chosen` is the first candidate that fits, or None.
+    """
 
     model: ModelConfig
     asked: MemorySettings
@@ -90,7 +95,7 @@ class Fit(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class PlanInput:
-    """A model and how it is to be run. `disk` are the bytes of each component in a bundle, where there is one."""
+    """A model and how it is to run. `disk` is the bytes of each component in a bundle; None without a bundle."""
 
     model: ModelConfig
     asked: MemorySettings
@@ -99,32 +104,34 @@ class PlanInput:
     disk: dict[str, int] | None = None
 
     def weights(self, dtype: DType) -> dict[str, int]:
+        """Bytes of the weights of each component."""
         return {name: file_bytes(shapes, dtype) for name, shapes in weight_shapes(self.model).items()}
 
 
-def fit(wanted: PlanInput, available: int | None, ram_here: int | None) -> Fit:
-    """Tries settings from the least costly on; the first is chosen with which every component has room.
+def fit(request: PlanInput, available: int | None, ram_here: int | None) -> Fit:
+    """Tries settings in order of their cost, and chooses the first with which every component fits.
 
-    Shorter lengths are tried where nothing helps the one asked for.
-
-    Raises ConfigError for bfloat16 in ONNX Runtime and for a length that the model does not have.
+    Tries shorter lengths only where the requested one does not fit. Raises ConfigError for bfloat16 in ONNX Runtime,
+    and for a length that the model does not have.
     """
-    if wanted.engine == "onnxruntime" and wanted.asked.dtype == "bfloat16":
-        raise ConfigError("--precision bfloat16: ONNX Runtime runs none here; use float32, or --engine tensorrt")
-    wanted.model.clip_size(wanted.asked.length)
+    if request.engine == "onnxruntime" and request.asked.dtype == "bfloat16":
+        raise ConfigError(
+            "--precision bfloat16: ONNX Runtime does not support it here; use float32, or --engine tensorrt"
+        )
+    request.model.clip_size(request.asked.length)
     candidates: list[Candidate] = []
-    for settings in settings_to_try(wanted):
+    for settings in candidate_settings(request):
         settled = available is None or any(candidate.fits for candidate in candidates)
-        if settled and settings.length != wanted.asked.length:
+        if settled and settings.length != request.asked.length:
             break
-        candidates.append(_candidate(wanted, settings, available))
-    flops = video_flops(wanted.model, wanted.asked.length, wanted.num_steps)
+        candidates.append(_candidate(request, settings, available))
+    flops = video_flops(request.model, request.asked.length, request.num_steps)
     return Fit(
-        model=wanted.model,
-        asked=wanted.asked,
-        engine=wanted.engine,
-        num_steps=wanted.num_steps,
-        components=_components(wanted, flops),
+        model=request.model,
+        asked=request.asked,
+        engine=request.engine,
+        num_steps=request.num_steps,
+        components=_components(request, flops),
         flops_per_step=flops.transformer_step,
         flops_per_video=flops.total,
         available=available,
@@ -134,14 +141,14 @@ def fit(wanted: PlanInput, available: int | None, ram_here: int | None) -> Fit:
     )
 
 
-def settings_to_try(wanted: PlanInput) -> Iterator[MemorySettings]:
-    """As asked, then what costs time (one branch after the other; weights over the bus), precision, length.
+def candidate_settings(request: PlanInput) -> Iterator[MemorySettings]:
+    """Yields the requested settings, then those that cost time, then precision, then length.
 
-    With weights streamed, --low-memory would change nothing: the runner leaves room for both branches, as it has to
-    set the budget before it can ask what one of them takes.
+    --low-memory and --weight-streaming cost time. Together they gain nothing: with streaming, the runner reserves the
+    activations of both branches, because it sets the budget before it knows what one branch needs.
     """
-    asked, lengths = wanted.asked, sorted(wanted.model.text_lengths, key=lambda name: -num_scenes(name))
-    tensorrt = wanted.engine == "tensorrt"
+    asked, lengths = request.asked, sorted(request.model.text_lengths, key=lambda name: -num_scenes(name))
+    tensorrt = request.engine == "tensorrt"
     dtypes: list[DType] = [asked.dtype]
     if tensorrt and asked.dtype == "float32":
         dtypes.append("bfloat16")
@@ -155,63 +162,63 @@ def settings_to_try(wanted: PlanInput) -> Iterator[MemorySettings]:
 
 
 def disk_bytes(bundle: Bundle) -> dict[str, int]:
-    """Bytes of each component of a bundle: graphs, weights and TensorRT engines."""
+    """Size in bytes of each component of a bundle: graphs, weights and TensorRT engines."""
     files = [(name, entry.size) for name, entry in bundle.manifest.files.items() if not name.startswith(ENGINES)]
     files += [(engine.entry.graph, engine.entry.size) for engine in list_engines(bundle.root)]
     return {component: sum(size for name, size in files if name.startswith(component)) for component in GRAPHS}
 
 
 def available_ram() -> int:
-    """Bytes of RAM that this machine can give without swapping."""
+    """Bytes of RAM that are available on this machine without swapping."""
     return psutil.virtual_memory().available
 
 
-def _candidate(wanted: PlanInput, settings: MemorySettings, available: int | None) -> Candidate:
+def _candidate(request: PlanInput, settings: MemorySettings, available: int | None) -> Candidate:
     fits = None
-    if wanted.engine == "onnxruntime":
-        ram = needs = _cpu_needs(wanted, settings)
+    if request.engine == "onnxruntime":
+        ram = needs = _cpu_needs(request, settings)
         if available is not None:
             fits = max(needs.values()) <= available
     else:
-        memory, streaming = _gpu(wanted, settings), settings.weight_streaming
+        memory, streaming = _gpu_needs(request, settings), settings.weight_streaming
         needs = {name: part.total - part.weights * streaming for name, part in memory.items()}
-        host = host_memory(wanted.model, settings.length)
+        host = host_memory(request.model, settings.length)
         ram = {name: host[name] + part.weights * streaming for name, part in memory.items()}
         if available is not None:
-            fits = all(_runs(name, part, settings, available) for name, part in memory.items())
+            fits = all(_fits(name, part, settings, available) for name, part in memory.items())
     largest = max(needs, key=lambda name: needs[name])
     return Candidate(settings=settings, component=largest, needed=needs[largest], fits=fits, ram=max(ram.values()))
 
 
-def _cpu_needs(wanted: PlanInput, settings: MemorySettings) -> dict[str, int]:
-    memory = cpu_memory(wanted.model, settings.length, wanted.weights("float32"), low_memory=settings.low_memory)
+def _cpu_needs(request: PlanInput, settings: MemorySettings) -> dict[str, int]:
+    memory = cpu_memory(request.model, settings.length, request.weights("float32"), low_memory=settings.low_memory)
     return {name: part.total for name, part in memory.items()}
 
 
-def _gpu(wanted: PlanInput, settings: MemorySettings) -> dict[str, ComponentMemory]:
-    weights = wanted.weights(settings.dtype)
-    return gpu_memory(wanted.model, settings.length, settings.dtype, weights, low_memory=settings.low_memory)
+def _gpu_needs(request: PlanInput, settings: MemorySettings) -> dict[str, ComponentMemory]:
+    weights = request.weights(settings.dtype)
+    return gpu_memory(request.model, settings.length, settings.dtype, weights, low_memory=settings.low_memory)
 
 
-def _runs(name: str, memory: ComponentMemory, settings: MemorySettings, available: int) -> bool:
-    """Whether the runner would take a component on."""
+def _fits(name: str, memory: ComponentMemory, settings: MemorySettings, available: int) -> bool:
+    """Whether the runner would accept the engine of a component."""
     try:
         streamable = memory.weights if settings.weight_streaming else None
-        engine = EngineMemory(memory.weights, memory.activations, streamable)
+        engine = MemoryNeeds(memory.weights, memory.activations, streamable)
         weight_budget(name, engine, available - memory.process - memory.io, low_memory=settings.low_memory)
     except BackendError:
         return False
     return True
 
 
-def _components(wanted: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeeds]:
-    asked, model = wanted.asked, wanted.model
-    weights = wanted.weights(asked.dtype)
-    if wanted.engine == "tensorrt":
-        gpu: dict[str, ComponentMemory] = _gpu(wanted, asked)
+def _components(request: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeeds]:
+    asked, model = request.asked, request.model
+    weights = request.weights(asked.dtype)
+    if request.engine == "tensorrt":
+        gpu: dict[str, ComponentMemory] = _gpu_needs(request, asked)
         ram = host_memory(model, asked.length)
     else:
-        gpu, ram = {}, _cpu_needs(wanted, asked)
+        gpu, ram = {}, _cpu_needs(request, asked)
     work = {
         "text_encoder": flops.text_encoder,
         "transformer": flops.num_steps * flops.transformer_step,
@@ -221,7 +228,7 @@ def _components(wanted: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeed
     return {
         name: ComponentNeeds(
             parameters=num_parameters(shapes),
-            disk=wanted.disk[name] if wanted.disk is not None else weights[name] + engines[name],
+            disk=request.disk[name] if request.disk is not None else weights[name] + engines[name],
             ram=ram[name],
             build_ram=build_memory(weights[name]) if gpu else None,
             gpu=gpu.get(name),

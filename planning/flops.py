@@ -1,7 +1,7 @@
-"""Floating-point operations, by counting: matrix products and convolutions, two operations per multiply-add.
+"""Counts floating-point operations (FLOPs) of matrix products and convolutions: two per multiply-add.
 
-What is left out (norms, activations, softmax, rotary embedding) costs memory traffic more than arithmetic.
-Tests hold these counts to what PyTorch counts in the reference.
+Norms, activations, softmax and rotary embeddings are not counted: they are bound by memory bandwidth.
+Tests compare these counts with PyTorch's FLOP counter on the reference.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from math import prod
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 GUIDANCE_BRANCHES = 2
-"""Every denoising step runs the transformer on the negative and on the positive prompt."""
+"""Each denoising step runs the transformer on the negative and on the positive prompt."""
 
 _INNER_PRODUCTS = {"linear": 3, "mlp": 7 * 4}
-"""Products of a token with an F×F weight in one step of the scan. Linear: forward, gradient, output. MLP: two layers
-forward, one back (the first needs no gradient of its input), two gradients, two for the output, each four times as
-wide."""
+"""Products of a token with an [F, F] weight in one step of the scan. Linear: forward, weight gradient, output. MLP: two
+layers forward, one backward (the first layer needs no input gradient), two weight gradients, two for the output; each
+is four times as wide."""
 
 
 @dataclass(frozen=True)
 class VideoFlops:
-    """Operations of one video."""
+    """FLOPs of one video."""
 
     text_encoder: int
     transformer_step: int
@@ -34,7 +34,7 @@ class VideoFlops:
 
 
 def video_flops(model: ModelConfig, length: str, num_steps: int) -> VideoFlops:
-    """Both branches of guidance, `num_steps` denoising steps, every window of the decoder."""
+    """FLOPs of a video: both branches of guidance, `num_steps` denoising steps, all windows of the decoder."""
     size = model.clip_size(length)
     window = model.vae.temporal_window
     later_windows = (size.num_frames - 1) // window - 1
@@ -49,14 +49,14 @@ def video_flops(model: ModelConfig, length: str, num_steps: int) -> VideoFlops:
 
 
 def text_encoder_flops(config: TextEncoderConfig, num_tokens: int) -> int:
-    """One scene: projections, scores and values of attention, and the gated MLP."""
+    """FLOPs of one scene: projections, attention scores and values, and the gated MLP."""
     inner = config.num_heads * config.d_kv
     per_token = 4 * config.d_model * inner + 2 * num_tokens * inner + 3 * config.d_model * config.d_ff
     return 2 * config.num_layers * num_tokens * per_token
 
 
 def transformer_flops(config: TransformerConfig, size: ClipSize) -> int:
-    """One forward of one clip, which is one branch of guidance of one step."""
+    """FLOPs of one forward pass of one clip: one branch of guidance in one step."""
     dim, time_dim, text_tokens = config.model_dim, config.time_embed_dim, size.num_scenes * size.text_length
     patch = config.patch_size**2
     tokens = size.num_tokens(config.patch_size)
@@ -71,26 +71,26 @@ def transformer_flops(config: TransformerConfig, size: ClipSize) -> int:
 
 
 def segment_tokens(config: TransformerConfig, size: ClipSize) -> int:
-    """Tokens that attend to each other: one scene's text and its frames, shared ones included."""
+    """Number of tokens that attend to each other: the text and the frames of one scene, shared frames included."""
     frames = config.attn_length + config.prefix_temporal_length
     return size.text_length + frames * (size.height // config.patch_size) * (size.width // config.patch_size)
 
 
 def _attention(config: TransformerConfig, size: ClipSize) -> int:
-    """Multiply-adds of q, k, v and o, and of every segment's scores and values."""
+    """Multiply-adds of the projections q, k, v and o, and of the scores and values of all segments."""
     segment = segment_tokens(config, size)
     return size.num_scenes * segment * (4 * config.model_dim**2 + 2 * segment * config.model_dim)
 
 
 def _ttt_pass(config: TransformerConfig, tokens: int) -> int:
-    """Multiply-adds of one direction: q, k, v and o, the learning rates, and the scan."""
+    """Multiply-adds of one direction: the projections q, k, v and o, the learning rates, and the scan."""
     dim = config.model_dim
     return tokens * (4 * dim**2 + dim * config.num_heads + _INNER_PRODUCTS[config.ttt] * dim * config.head_dim)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of a window; `frames`, `height` and `width` are those of its output."""
+    """One convolution of a window. `frames`, `height` and `width` are the sizes of its output."""
 
     in_channels: int
     out_channels: int
@@ -113,12 +113,12 @@ _CAUSAL, _PER_FRAME, _POINTWISE = (3, 3, 3), (3, 3), (1, 1, 1)
 
 
 def vae_window_flops(config: VaeConfig, frames: int, height: int, width: int) -> int:
-    """One window of `frames` latent frames, height and width in latent positions."""
+    """FLOPs of one window of `frames` latent frames. `height` and `width` are in latent positions."""
     return sum(convolution.flops for convolution in vae_convolutions(config, frames, height, width))
 
 
 def vae_convolutions(config: VaeConfig, frames: int, height: int, width: int) -> Iterator[Convolution]:
-    """Every convolution of one window in the order of the decoder, as `reference/vae.py` lays it out."""
+    """Yields all convolutions of one window in the order in which `reference/vae.py` runs them."""
     latent = (frames, height, width)
     z, deepest = config.z_channels, len(config.ch_mult) - 1
     channels = config.ch * config.ch_mult[deepest]
@@ -151,6 +151,6 @@ def _block(
 
 
 def _norm(channels: int, z: int, latent: tuple[int, int, int]) -> Iterator[Convolution]:
-    """Scale and shift of a spatial norm, made at the resolution of the latents."""
+    """The convolutions for scale and shift of a spatial norm, at the resolution of the latents."""
     for _ in range(2):
         yield Convolution(z, channels, _POINTWISE, *latent)

@@ -1,7 +1,7 @@
-"""Memory that rendering takes, and building for TensorRT, component by component; there is one at a time.
+"""Estimates the peak memory, in bytes, that each component needs to render and to build its TensorRT engines.
 
-In ONNX Runtime on a CPU: counted at its peak and held to measurements, see `benchmarks/footprint.py`. On a GPU, in
-TensorRT: an estimate that no GPU has confirmed. Sizes are bytes.
+Only one component is in memory at a time. Estimates for ONNX Runtime on a CPU are compared with measurements by
+`benchmarks/footprint.py`. Estimates for TensorRT on a GPU have not been measured.
 """
 
 from msgspec import Struct
@@ -14,33 +14,34 @@ FLOAT32 = 4
 
 # ONNX Runtime 1.32 on a CPU, Python 3.11: `python benchmarks/footprint.py`.
 CPU_PROCESS = 90 << 20
-"""Python, the pipeline, ONNX Runtime, one session and the code that its first run brings in."""
+"""Python, the pipeline, ONNX Runtime, one session and the code that its first run loads."""
 CPU_WEIGHTS = 1.2
-"""Weights are transposed and packed for matrix products; what that leaves free in between is not given back."""
+"""Factor on the weights: they are transposed and packed for matrix products, and the freed gaps are not returned."""
 CPU_ACTIVATIONS = 2.2
-"""The first run takes its buffers from the arena one by one; every later run one block, laid out after what the first
-took, for which the arena has to grow by as much again. A tenth more is lost between the buffers."""
+"""Factor on the activations: the first run allocates buffers one by one in the arena. Later runs allocate one block of
+the planned size, for which the arena grows by as much again. Another tenth is lost to fragmentation."""
 CPU_STATES = 8
-"""Inner weights of a scan at once: as stored, expanded to the batch, carried in and out, and their updates."""
+"""Copies of the inner weights in a scan: as stored, expanded to the batch, carried in and out, and their updates."""
 
 GPU_CONTEXT = 512 << 20
-"""CUDA's context, the code of TensorRT and of the kernels. An allowance, not measured."""
+"""The CUDA context, and the code of TensorRT and of the kernels. Assumed, not measured."""
 GPU_HOST_PROCESS = 1 << 30
-"""RAM of a process that runs TensorRT: libraries and CUDA's driver. An allowance, not measured."""
+"""RAM of a process that runs TensorRT: its libraries and the CUDA driver. Assumed, not measured."""
 BUILD_PROCESS = 512 << 20
 BUILD_WEIGHTS = 1.8
-"""TensorRT holds the engine that it builds, and up to four fifths of the weights once more. Their file is mapped, and
-leaves memory where there is no room. TensorRT-RTX 1.7: `python benchmarks/full_width.py --num-layers 12`."""
+"""Factor on the weights: the engine that TensorRT builds, and up to four fifths of the weights once more. The file of
+the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
+`python benchmarks/full_width.py --num-layers 12`."""
 GPU_STREAMS = 12
-"""Tensors [B, L, D] at once in the second TTT pass of a layer: the residual, what attention gave, the sum with the
-first pass, its reversal, q, k and v as projected and as the scan takes them, what the scan gives, one to spare. The
-MLP's hidden layer, before and after GELU, has ten."""
+"""Live tensors [B, L, D] in the second TTT pass of a layer: the residual, the output of attention, the sum with the
+first pass, its reversal, q, k and v before and after they are prepared for the scan, the output of the scan, and one in
+reserve. The hidden layer of the MLP, before and after GELU, has ten."""
 GPU_VAE_TENSORS = 5
-"""Activations at once in a residual block: the skip, its norm's scale and shift, normed and padded, and the result."""
+"""Live activations in a residual block: the skip, scale and shift of the norm, the padded input, and the output."""
 
 
 class ComponentMemory(Struct, frozen=True):
-    """What one component takes at its peak. `io` are inputs and outputs, `process` what is there without a model."""
+    """Peak memory of one component. `io` are its inputs and outputs; `process` is needed without any model."""
 
     process: int
     weights: int
@@ -55,7 +56,7 @@ class ComponentMemory(Struct, frozen=True):
 def cpu_memory(
     model: ModelConfig, length: str, weights: dict[str, int], *, low_memory: bool
 ) -> dict[str, ComponentMemory]:
-    """RAM of each component in ONNX Runtime, `weights` as float32: it computes in nothing narrower on a CPU."""
+    """RAM of each component in ONNX Runtime on a CPU. `weights` are bytes in float32, in which it always computes."""
     size = model.clip_size(length)
     batch = 1 if low_memory else 2
     activations = {
@@ -73,7 +74,7 @@ def cpu_memory(
 def gpu_memory(
     model: ModelConfig, length: str, dtype: DType, weights: dict[str, int], *, low_memory: bool
 ) -> dict[str, ComponentMemory]:
-    """GPU memory of each component in TensorRT, all `weights` on the GPU."""
+    """GPU memory of each component in TensorRT, with all `weights` (bytes) on the GPU."""
     size = model.clip_size(length)
     batch, item = 1 if low_memory else 2, ITEM_BYTES[dtype]
     activations = {
@@ -86,32 +87,32 @@ def gpu_memory(
 
 
 def host_memory(model: ModelConfig, length: str) -> dict[str, int]:
-    """RAM beside a GPU: the process, and what goes in and comes out. Weights that are streamed come on top."""
+    """RAM of each component in TensorRT: the process, inputs and outputs. Streamed weights are not included."""
     size = model.clip_size(length)
     return {name: GPU_HOST_PROCESS + arrays for name, arrays in _arrays(model, size, 2).items()}
 
 
 def build_memory(weights: int) -> int:
-    """RAM that TensorRT takes to build an engine of a component with that many bytes of weights."""
+    """RAM that TensorRT needs to build an engine with this many bytes of weights."""
     return BUILD_PROCESS + int(BUILD_WEIGHTS * weights)
 
 
 def _text_encoder_activations(model: ModelConfig, size: ClipSize, item: int) -> int:
-    """One scene: scores, their softmax and the bias of positions; the gate, the other half and the product of the MLP;
-    a residual, q, k, v and their likes."""
+    """One scene: attention scores, their softmax and the position bias; the two halves of the gated MLP and their
+    product; and eight tensors [N, d_model], such as the residual, q, k and v."""
     config, tokens = model.text_encoder, size.text_length
     attention = 3 * config.num_heads * tokens**2
     return item * (attention + 3 * tokens * config.d_ff + 8 * tokens * config.d_model)
 
 
 def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int) -> int:
-    """What is live in the softmax of the last layers.
+    """Live tensors in the softmax of the last layers.
 
-    ONNX Runtime gives a buffer on to the next tensor of the same shape and returns it after the last of them. Shapes
-    [B, …] return in every layer, so their buffers stay: the MLP's hidden layer before and after GELU, and 18 tensors of
-    the size of the clip (13 whole, 4 in parts of text and video, 2 in halves for rotary embedding). Shapes [B·S, …] of
-    the segments have a first axis without a name, so each is taken and returned by itself: six of them, and scores
-    [B·S, h, M, M] before and after softmax. With several scenes, five more are there in the order of the scan.
+    ONNX Runtime reuses a buffer for the next tensor of the same shape and frees it after the last. Shapes [B, …] recur
+    in every layer, so their buffers stay: the MLP's hidden layer before and after GELU, and 18 tensors of the size of
+    the clip (13 whole, 4 in parts of text and video, 2 in halves for rotary embedding). The shapes [B·S, …] of segments
+    have an unnamed first axis, so each buffer is allocated and freed by itself: six tensors, and the scores
+    [B·S, h, M, M] before and after softmax. With several scenes, five more tensors are live in the order of the scan.
     """
     config = model.transformer
     tokens, segment = size.num_tokens(config.patch_size), segment_tokens(config, size)
@@ -124,7 +125,7 @@ def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int)
 
 
 def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
-    """As GPU_STREAMS says. TensorRT fuses attention in half precision; in float32 scores are there twice."""
+    """GPU_STREAMS tensors. TensorRT fuses attention in half precision; in float32, the scores are live twice."""
     config = model.transformer
     tokens = size.num_tokens(config.patch_size)
     segment = segment_tokens(config, size)
@@ -134,16 +135,16 @@ def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int,
 
 
 def _ttt_state(model: ModelConfig) -> int:
-    """Values of the inner weights that one scan carries."""
+    """Number of inner weights that one scan carries."""
     config = model.transformer
     return {"linear": 1, "mlp": 8}[config.ttt] * config.model_dim * config.head_dim
 
 
 def _cpu_vae_activations(model: ModelConfig, size: ClipSize) -> int:
-    """What is live in the last residual block of a window.
+    """Live tensors in the last residual block of a window.
 
-    ONNX Runtime cuts the caches from the padded inputs of the causal convolutions at the very end, so all of those are
-    still there; and the skip, scale, shift, normed tensor and the two parts that one of them is joined from.
+    ONNX Runtime slices the caches from the padded inputs of the causal convolutions at the very end, so all of these
+    are live. Five more: the skip, scale and shift, and the two parts from which the padded input is concatenated.
     """
     window = model.vae.temporal_window
     causal = [layer for layer in vae_convolutions(model.vae, window, size.height, size.width) if layer.causal]
@@ -160,7 +161,7 @@ def _gpu_vae_activations(model: ModelConfig, size: ClipSize, item: int) -> int:
 
 
 def _io(model: ModelConfig, size: ClipSize, batch: int, item: int) -> dict[str, int]:
-    """Inputs and outputs, with the VAE's caches: two frames for each causal convolution, in and out."""
+    """Inputs and outputs, with the VAE's caches: two frames per causal convolution, as input and as output."""
     vae, arrays = model.vae, _arrays(model, size, batch)
     layers = vae_convolutions(vae, vae.temporal_window, size.height, size.width)
     caches = sum(2 * layer.in_channels * layer.height * layer.width for layer in layers if layer.causal)
@@ -168,7 +169,7 @@ def _io(model: ModelConfig, size: ClipSize, batch: int, item: int) -> dict[str, 
 
 
 def _arrays(model: ModelConfig, size: ClipSize, batch: int) -> dict[str, int]:
-    """Inputs and outputs that the pipeline hands over, in float32: embeddings, latents and frames."""
+    """Inputs and outputs of the pipeline, in float32: embeddings, latents and frames."""
     config, vae = model.transformer, model.vae
     latents = config.in_channels * size.num_frames * size.height * size.width
     text = size.num_scenes * size.text_length * config.text_dim
@@ -176,6 +177,6 @@ def _arrays(model: ModelConfig, size: ClipSize, batch: int) -> dict[str, int]:
     values = {
         "text_encoder": text // size.num_scenes,
         "transformer": batch * (2 * latents + text),
-        "vae_decoder": 2 * frames,  # as floats, and again on the way to bytes
+        "vae_decoder": 2 * frames,  # as floats, and a copy while they are converted to bytes
     }
     return {name: FLOAT32 * count for name, count in values.items()}

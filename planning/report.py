@@ -1,4 +1,4 @@
-"""What `ttt-video plan` prints: a table of components, one of settings, the verdict, and the commands to type."""
+"""Formats the output of `ttt-video plan`: components, settings, verdict and commands."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,19 +15,19 @@ from ttt_video_engine.runtime.presets import PRESETS
 from ttt_video_engine.runtime.settings import Settings
 
 GPU_NOTE = """\
-GPU figures are estimates: none has been measured on a GPU. Components are in memory one at a time.
-Disk is for weights and, with TensorRT, the engines of one GPU architecture."""
+GPU memory is estimated, not measured. Only one component is in memory at a time.
+Disk is the weights and, with TensorRT, the engines for one GPU architecture."""
 CPU_NOTE = """\
-RAM figures are estimates, within 15% of what was measured for tiny and debug on a CPU, at one
-component at a time. ONNX Runtime computes in float32 there: float16 saves disk, not memory."""
+RAM is estimated, within 15% of what was measured for tiny and debug on a CPU. Only one component
+is in memory at a time. ONNX Runtime computes in float32 there: float16 saves disk, not memory."""
 _PLACEHOLDERS = ("CHECKPOINT", "ARCH", "FILE")
-_FILL_IN = "In capitals: what is yours to fill in. ARCH is the GPU architecture that ttt-video devices shows."
+_FILL_IN = "Replace the words in capitals. ARCH is the architecture of your GPU, see ttt-video devices."
 _COLUMNS = 96
 _DEFAULT_STEPS = Settings().num_steps
 
 
 def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]) -> Iterator[str]:
-    """Lines of at most 100 columns, commands aside."""
+    """Lines of at most 100 columns, except for the commands."""
     model, asked = found.model, found.asked
     size = model.clip_size(asked.length)
     tokens, frames = size.num_tokens(model.transformer.patch_size), model.num_video_frames(size)
@@ -37,10 +37,10 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
     yield ""
     yield from _aligned(_component_rows(found))
     yield ""
-    yield f"one denoising step: {tera(found.flops_per_step)} TFLOP, both branches of guidance"
-    yield f"the whole video:    {tera(found.flops_per_video)} TFLOP"
+    yield f"one denoising step:   {tera(found.flops_per_step)} TFLOP, both branches of guidance"
+    yield f"whole video:          {tera(found.flops_per_video)} TFLOP"
     if found.engine == "tensorrt":
-        yield from wrap(f"building the engines: {building(found)}", _COLUMNS)
+        yield from wrap(f"building the engines: {building(found)}", _COLUMNS, subsequent_indent=" " * 22)
     yield ""
     yield from _aligned(_candidate_rows(found))
     yield ""
@@ -59,38 +59,38 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
 
 
 def verdict(found: Fit) -> str:
-    """One line: whether it fits, and with what."""
+    """One line: whether the model fits, and with which settings."""
     memory = "RAM" if found.engine == "onnxruntime" else "GPU memory"
     first, chosen = found.candidates[0], found.chosen
     if found.available is None:
-        cure = "this machine does not say what it has" if memory == "RAM" else "give --gpu-memory for a verdict"
-        return f"needs {gib(first.needed)} of {memory}, most of it for the {first.component}; {cure}"
+        cure = "the RAM of this machine is unknown" if memory == "RAM" else "give --gpu-memory for a verdict"
+        return f"needs {gib(first.needed)} of {memory} ({first.component}); {cure}"
     room = f"{gib(found.available)} of {memory}"
     if chosen is None:
         least = min(found.candidates, key=lambda candidate: candidate.needed)
-        needs = f"at least {gib(least.needed)} for the {least.component}, with {describe(least.settings)}"
+        needs = f"at least {gib(least.needed)} ({least.component}), with {describe(least.settings)}"
         size = f"{found.model.width}x{found.model.height}"
-        return f"does not fit in {room}, whatever the settings: {size} needs {needs}"
+        return f"does not fit in {room} with any settings: {size} needs {needs}"
     if chosen.settings == found.asked:
-        return f"fits in {room} as asked: the {chosen.component} needs {gib(chosen.needed)}"
-    return f"does not fit in {room} as asked; fits with {describe(chosen.settings)}"
+        return f"fits in {room} as requested: needs {gib(chosen.needed)} ({chosen.component})"
+    return f"does not fit in {room} as requested; fits with {describe(chosen.settings)}"
 
 
 def building(found: Fit) -> str:
-    """What TensorRT's build takes, and whether this machine has it."""
+    """The RAM that TensorRT needs to build the largest engine, and whether this machine has it."""
     needs = {name: part.build_ram for name, part in found.components.items() if part.build_ram is not None}
     largest = max(needs, key=lambda name: needs[name])
-    takes = f"{gib(needs[largest])} of RAM for the {largest}"
+    needed = f"{gib(needs[largest])} of RAM ({largest})"
     if found.ram_here is None:
-        return takes
-    free = f"{gib(found.ram_here)} are free here"
-    return f"{takes}, {free}" if needs[largest] <= found.ram_here else f"{takes}, but {free}: {MORE_RAM}"
+        return needed
+    line = f"{needed}; this machine has {gib(found.ram_here)} free"
+    return line if needs[largest] <= found.ram_here else f"{line}: {MORE_RAM}"
 
 
 def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memory: str | None) -> list[str]:
-    """The export that is needed, if any, and the rendering, with the settings chosen, or else as asked.
+    """The commands that export, where needed, and render with the chosen settings, or else the requested ones.
 
-    `source` are the options of export that name the model.
+    Empty where nothing fits. `source` are the options of export that specify the model.
     """
     if found.available is not None and found.chosen is None:
         return []
@@ -118,7 +118,7 @@ def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memor
 
 
 def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | None = None) -> list[str]:
-    """The options of export that make this model."""
+    """The options of `export` that specify this model."""
     kind = model.transformer.ttt
     named = PRESETS[model.name](kind) if model.name in PRESETS else None
     model = _as_exported(model, named)
@@ -144,42 +144,44 @@ def _as_exported(model: ModelConfig, named: ModelConfig | None) -> ModelConfig:
 
 
 def describe(settings: MemorySettings) -> str:
-    """Settings as the options of export and sample."""
+    """Settings as options of `export` and `sample`."""
     options = [f"--length {settings.length}", f"--precision {settings.dtype}"]
     options += ["--low-memory"] * settings.low_memory + ["--weight-streaming"] * settings.weight_streaming
     return " ".join(options)
 
 
 def gib(size: int) -> str:
+    """A size in bytes as GiB, or as MiB where it is smaller."""
     return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.1f} MiB"
 
 
 def tera(flops: int) -> str:
+    """FLOPs as a number of TFLOP."""
     return f"{flops / 1e12:,.3g}" if flops < 1e14 else f"{flops / 1e12:,.0f}"
 
 
 def _has(bundle: Bundle, settings: MemorySettings, found: Fit) -> bool:
-    """Whether a bundle renders with these settings as it is. Engines depend on a GPU that is not known here."""
+    """Whether a bundle can render with these settings already. Engines are ignored: their GPU is unknown here."""
     manifest = bundle.manifest
     return found.engine == "onnxruntime" and transformer_graph_name(settings.length) in manifest.graphs
 
 
 def _component_rows(found: Fit) -> Iterator[list[str]]:
     gpu = ["GPU", "weights", "activations"] if found.engine == "tensorrt" else []
-    yield ["component", "parameters", "disk", "RAM", *gpu, "TFLOP a video"]
+    yield ["component", "parameters", "disk", "RAM", *gpu, "TFLOP"]
     for name, part in found.components.items():
         memory = [] if part.gpu is None else [gib(part.gpu.total), gib(part.gpu.weights), gib(part.gpu.activations)]
         yield [name, f"{part.parameters:,}", gib(part.disk), gib(part.ram), *memory, tera(part.flops)]
     parts = found.components.values()
     peak = [] if not gpu else [gib(max(part.gpu.total for part in parts if part.gpu is not None)), "", ""]
     total = [f"{sum(part.parameters for part in parts):,}", gib(sum(part.disk for part in parts))]
-    yield ["all, in turn", *total, gib(max(part.ram for part in parts)), *peak, tera(found.flops_per_video)]
+    yield ["total / peak", *total, gib(max(part.ram for part in parts)), *peak, tera(found.flops_per_video)]
 
 
 def _candidate_rows(found: Fit) -> Iterator[list[str]]:
-    """Every setting for the length asked for, and the last one tried."""
+    """All candidates of the requested length, and the last candidate."""
     tensorrt = found.engine == "tensorrt"
-    yield ["settings", *(["GPU", "RAM"] if tensorrt else ["RAM"]), "most for", "fits"]
+    yield ["settings", *(["GPU", "RAM"] if tensorrt else ["RAM"]), "largest component", "fits"]
     for candidate in found.candidates:
         if candidate.settings.length == found.asked.length or candidate == found.candidates[-1]:
             sizes = [gib(candidate.needed), gib(candidate.ram)] if tensorrt else [gib(candidate.ram)]
@@ -191,7 +193,7 @@ def _answer(candidate: Candidate) -> str:
 
 
 def _wrapped(command: str) -> Iterator[str]:
-    """A command over as many lines as it takes, for a shell to read as one; breaks only before options."""
+    """A command on as many lines as needed, joined by backslashes; breaks only before options."""
     first, *options = command.split(" --")
     line = f"  {first}"
     for option in options:
@@ -203,6 +205,6 @@ def _wrapped(command: str) -> Iterator[str]:
 
 
 def _aligned(rows: Iterator[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """The first column left-aligned, the others right-aligned."""
     cells = list(rows)
     return text_table(cells, numbers=range(1, len(cells[0])))

@@ -1,6 +1,6 @@
-"""Names and shapes of every weight, from the config alone: what a model weighs before it is there.
+"""Names and shapes of all weights, computed from the config, without a model.
 
-Tests hold these tables to the modules of `reference/`, name by name and in order, for every preset.
+Tests compare these tables with the modules of `reference/`, by name and order, for every preset.
 """
 
 from math import prod
@@ -9,11 +9,11 @@ from ttt_video_engine.runtime.config import ModelConfig, TextEncoderConfig, Tran
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, WEIGHT_ALIGNMENT, DType
 
 Shapes = dict[str, tuple[int, ...]]
-"""Weight → shape, in the order of the module's state dict."""
+"""Name of a weight → its shape, in the order of the module's state dict."""
 
 
 def weight_shapes(model: ModelConfig) -> dict[str, Shapes]:
-    """Component → its weights; one that has two names, as T5's embedding has, is there once."""
+    """Component → its weights. A weight with two names, such as T5's embedding, is listed once."""
     return {
         "text_encoder": text_encoder_shapes(model.text_encoder),
         "transformer": transformer_shapes(model.transformer),
@@ -22,11 +22,11 @@ def weight_shapes(model: ModelConfig) -> dict[str, Shapes]:
 
 
 MOST_SEEDED_TOKENS = 2018
-"""Of a tokenizer that is trained on the package's prose: what `export/sources/prose.txt` has pieces for."""
+"""The largest vocabulary of a tokenizer trained on `export/sources/prose.txt`."""
 
 
 def can_be_seeded(model: ModelConfig) -> bool:
-    """Whether a model can have random weights. It then has a tokenizer of its own, trained on the package's prose."""
+    """Whether a model can have random weights: a tokenizer of its size can be trained on the package's prose."""
     return model.text_encoder.vocab_size <= MOST_SEEDED_TOKENS
 
 
@@ -35,7 +35,7 @@ def num_parameters(shapes: Shapes) -> int:
 
 
 def file_bytes(shapes: Shapes, dtype: DType) -> int:
-    """Size of the data file that an export writes: every weight starts at a multiple of WEIGHT_ALIGNMENT."""
+    """Bytes of the data file that an export writes: each weight starts at a multiple of WEIGHT_ALIGNMENT."""
     end = 0
     for shape in shapes.values():
         end += -end % WEIGHT_ALIGNMENT + prod(shape) * ITEM_BYTES[dtype]
@@ -43,7 +43,7 @@ def file_bytes(shapes: Shapes, dtype: DType) -> int:
 
 
 def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
-    """T5 v1.1's encoder. Its table of relative positions, 32 buckets, is in the first layer only."""
+    """The encoder of T5 v1.1. Only its first layer has the table of relative positions, 32 buckets."""
     d_model, inner, d_ff = config.d_model, config.num_heads * config.d_kv, config.d_ff
     shapes: Shapes = {"t5.shared.weight": (config.vocab_size, d_model)}
     for number in range(config.num_layers):
@@ -121,7 +121,7 @@ def vae_decoder_shapes(config: VaeConfig) -> Shapes:
         if level > 0:
             own |= _affine(f"up.{level}.upsample.conv", out, out, 3, 3)
         levels.append(own)
-    for own in reversed(levels):  # the module lists the shallowest first
+    for own in reversed(levels):  # the module lists the shallowest level first
         shapes |= own
     return shapes | _norm_shapes("norm_out", channels, z) | _affine("conv_out.conv", config.out_ch, channels, 3, 3, 3)
 

@@ -1,4 +1,4 @@
-"""Tables as plain text, the same in a terminal and in a pipe."""
+"""Formats tables as plain text, the same in a terminal and in a pipe."""
 
 from collections.abc import Iterable, Sequence
 from io import StringIO
@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 _WIDEST = 10_000
-"""Columns: more than any table has, so that nothing is cut or wrapped."""
+"""Width in columns, larger than any table, so that nothing is cut or wrapped."""
 
 
 def text_table(rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> list[str]:
-    """Lines of columns that are two spaces apart, without a frame. Columns in `numbers` are aligned to the right."""
+    """Lines of a table without a frame, columns two spaces apart. Columns in `numbers` are right-aligned."""
     cells = [list(row) for row in rows]
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for column in range(max(map(len, cells), default=0)):

@@ -1,4 +1,4 @@
-"""Modules without trained weights: with random weights from a seed, or with none."""
+"""Modules without trained weights: with random weights from a seed, or with placeholders."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,16 +12,19 @@ from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict, LazyTe
 from ttt_video_engine.reference.ttt_layer import TTTLayer
 
 INNER_WEIGHT_STD = 0.02
-GATE = 0.1
+"""Standard deviation of TTT weights before training, as in the public TTT-Video code."""
+
+GATE_INIT = 0.1
+"""Value of the gates of TTT layers before training, before their tanh."""
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def seeded(build: Callable[[], M], seed: int) -> M:
-    """The module that `build` makes, with PyTorch's usual initial weights and those of TTT layers, for inference.
+    """The module that `build` creates, with random weights, for inference.
 
-    TTT weights are those that a fresh layer starts training with: normal with a standard deviation of 0.02, biases
-    zero. The same seed gives the same weights. The caller's random state is restored.
+    Weights have PyTorch's default initialisation. TTT weights are normal with a standard deviation of 0.02, their
+    biases zero. The same seed gives the same weights. The caller's random state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -34,10 +37,10 @@ def seeded(build: Callable[[], M], seed: int) -> M:
 
 
 class SeededWeights:
-    """Describes the weights of `seeded` modules, which are made when they are read.
+    """Describes the weights of `seeded` modules, which are generated when they are read.
 
-    A module draws all its weights in one sequence, so reading one makes all. Those that wait to be read are kept, of
-    one module at a time: whoever reads each weight once has them made once, and leaves nothing in memory.
+    A module draws all its weights from one random sequence, so reading one weight generates all of them. The unread
+    weights of one module are kept. A caller that reads each weight once generates them once and leaves none in memory.
     """
 
     def __init__(self, seed: int) -> None:
@@ -46,7 +49,7 @@ class SeededWeights:
         self._owner: LazyStateDict = {}
 
     def describe(self, build: Callable[[], nn.Module]) -> LazyStateDict:
-        """The weights of the module that `build` makes, by name. Names of one weight share an entry."""
+        """The weights of the module that `build` creates, by name. The names of a tied weight share one entry."""
         weights: LazyStateDict = {}
         entries: dict[Tensor, LazyTensor] = {}
         for name, value in on_meta_device(build).state_dict(keep_vars=True).items():
@@ -56,49 +59,49 @@ class SeededWeights:
 
     def _read(self, build: Callable[[], nn.Module], owner: LazyStateDict, name: str) -> Tensor:
         if self._owner is not owner or name not in self._unread:
-            self._owner, self._unread = owner, {}  # the old ones go first
-            made = seeded(build, self._seed).state_dict()
+            self._owner, self._unread = owner, {}  # frees the old weights first
+            generated = seeded(build, self._seed).state_dict()
             first_names = {id(stored): name for name, stored in reversed(owner.items())}
-            self._unread = {name: made[name] for name in first_names.values()}
+            self._unread = {name: generated[name] for name in first_names.values()}
         return self._unread.pop(name)
 
 
 def with_placeholder_weights(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
-    """The module that `build` makes, with weights of the right shapes and of `dtype` that take no memory.
+    """The module that `build` creates, with weights of `dtype` that have the right shapes but take no memory.
 
-    It serves to trace a model of any size. Weights cannot be loaded into it.
+    Used to trace a model of any size. Weights cannot be loaded into it.
     """
     module = on_meta_device(build)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a weight of two names stays one
+    placeholders: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied weights tied
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
-            one = torch.zeros((), dtype=dtype).expand(weight.shape)
-            setattr(part, name, made.setdefault(weight, nn.Parameter(one, requires_grad=False)))
+            zeros = torch.zeros((), dtype=dtype).expand(weight.shape)
+            setattr(part, name, placeholders.setdefault(weight, nn.Parameter(zeros, requires_grad=False)))
     return module.eval()
 
 
 def on_meta_device(build: Callable[[], M]) -> M:
-    """The module that `build` makes, its weights without values: names, shapes, and which names share a tensor."""
+    """The module that `build` creates, on the meta device: it has names, shapes and tied weights, but no values."""
     with torch.device("meta"):
         return build()
 
 
 def init_ttt_weights(shapes: Mapping[str, torch.Size], seed: int) -> LazyStateDict:
-    """Weights that TTT layers and their gates start training with, by their names in the transformer.
+    """Initial weights of TTT layers and their gates, by their names in the transformer.
 
-    Matrices are normal with a standard deviation of 0.02, gates 0.1, scales of norms 1 and all biases 0. A weight
-    depends on its name and the seed alone, so each is made when it is read.
+    Matrices are normal with a standard deviation of 0.02, gates 0.1, norm scales 1, biases 0. A weight depends only on
+    its name and the seed. Each is generated when it is read.
     """
     return {
-        name: LazyTensor(tuple(shape), torch.float32, partial(_fresh, name, shape, seed))
+        name: LazyTensor(tuple(shape), torch.float32, partial(_initial_ttt_weight, name, shape, seed))
         for name, shape in shapes.items()
     }
 
 
-def _fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
+def _initial_ttt_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
     kind = name.rpartition(".ttt.")[2]
     if kind.endswith("gating_alpha"):
-        return torch.full(shape, GATE)
+        return torch.full(shape, GATE_INIT)
     if kind in ("ttt_norm_weight", "post_norm.weight"):
         return torch.ones(shape)
     if kind in ("b1", "b2") or kind.endswith("bias"):

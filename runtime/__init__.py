@@ -1,1 +1,1 @@
-"""From a storyboard to an mp4, given engines: no torch, and nothing of the other rooms."""
+"""Renders storyboards to mp4 with the runners that it receives. Imports no torch and no other layer."""

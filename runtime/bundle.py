@@ -1,7 +1,7 @@
-"""The bundle: the one artefact between `export` and `sample`, a folder that `bundle.json` describes whole.
+"""The bundle: the folder that `export` writes and `sample` reads. `bundle.json`, the manifest, lists its content.
 
-Nothing in a bundle is trusted: names stay inside the folder, bytes must have their digest, and the graphs must have the
-shapes that the model's config calls for.
+A bundle is not trusted: no file name may leave the folder, every file must have its digest, and the graphs must have
+the shapes that follow from the model's config.
 """
 
 import os
@@ -18,14 +18,14 @@ from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.graph_files import check_external_data
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.settings import Settings
-from ttt_video_engine.runtime.verified import is_noted, note
+from ttt_video_engine.runtime.verified import is_verified, mark_verified
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 ENGINES = "engines/"
 CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
-"""Prefixes of the VAE's inputs and outputs that one window hands to the next."""
+"""Prefixes of the VAE's cache inputs and outputs, which pass from one window to the next."""
 TEXT_ENCODER, VAE_FIRST, VAE_NEXT = "text_encoder", "vae_decoder-first", "vae_decoder-next"
 
 
@@ -42,9 +42,9 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityCheck(Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a graph was from the reference on one set of inputs, relative to the largest reference value.
+    """Errors of a graph against the reference on one set of inputs, relative to the largest reference value.
 
-    `part` is empty, or what of the model was run where all of it is too large to run where it is exported.
+    `part` names the part of the model that was compared; it is empty where the whole model was.
     """
 
     inputs: str
@@ -55,7 +55,7 @@ class ParityCheck(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One ONNX graph: its file and weights, what it takes and gives, how it did in parity, what it was built from."""
+    """One ONNX graph: its files, inputs, outputs and parity results. `key` lists what it was built from."""
 
     file: str
     weights: str
@@ -87,14 +87,14 @@ class _Version(Struct):
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `check` or `verify` before use: opening reads the manifest only."""
+    """An opened bundle. Opening reads only the manifest: call `check` or `verify` before use."""
 
     root: Path
     manifest: Manifest
 
     @property
     def sha256(self) -> str:
-        """Digest of `bundle.json`, which holds those of all other files."""
+        """Digest of `bundle.json`, which contains the digests of all other files."""
         return sha256_of(self.root / MANIFEST)
 
     def graph(self, name: str) -> GraphEntry:
@@ -110,48 +110,50 @@ class Bundle:
         return f"{self.manifest.files[graph.file].sha256} {self.manifest.files[graph.weights].sha256}"
 
     def verify_component(self, name: str) -> None:
-        """Reads a graph and its weights. Raises BundleError where they do not have the digest of `bundle.json`."""
+        """Reads a graph and its weights. Raises BundleError unless both have the digests in `bundle.json`."""
         graph = self.graph(name)
         for file in (graph.file, graph.weights):
-            self._status(file)
-            self._verify(file)
+            self._stat(file)
+            self._check_digest(file)
 
     def path(self, name: str) -> Path:
-        """A file of the bundle by its name in the manifest."""
+        """Path of a file, by its name in the manifest."""
         return self.root / name
 
     def check(self) -> None:
-        """Raises BundleError for the first file that is missing or is not what was exported, in no time.
+        """Raises BundleError for the first file that is missing or has changed since the export. Reads few files.
 
-        Only a file that is newer than `bundle.json` is read, as one is that was changed, or copied without its time;
-        that it has its digest is noted in the user's cache, and holds until the file is touched. Engines aside: the one
-        that is used verifies itself when it is loaded.
+        A file is read only if it is newer than `bundle.json`: because it was changed, or copied without its time. A
+        file with the right digest is recorded in the user's cache, and is not read again until it changes. Engines are
+        not checked here: each is verified when it is loaded.
         """
         exported = (self.root / MANIFEST).stat().st_mtime_ns
-        for name in self._checked():
-            status, sha256 = self._status(name), self.manifest.files[name].sha256
-            if status.st_mtime_ns > exported and not is_noted(status, sha256):
-                self._verify(name)
-                note(status, sha256)
+        for name in self._file_names():
+            status, sha256 = self._stat(name), self.manifest.files[name].sha256
+            if status.st_mtime_ns > exported and not is_verified(status, sha256):
+                self._check_digest(name)
+                mark_verified(status, sha256)
         self._check_graphs()
 
     def verify(self) -> None:
         """As `check`, but reads every file."""
-        for name in self._checked():
-            self._status(name)
-            self._verify(name)
+        for name in self._file_names():
+            self._stat(name)
+            self._check_digest(name)
         self._check_graphs()
 
     def _check_graphs(self) -> None:
-        """Graphs read the file that the manifest lists as their weights, and nothing else."""
+        """Raises BundleError unless each graph reads only the weight file that the manifest lists for it."""
         for graph in self.manifest.graphs.values():
             weights = self.manifest.files[graph.weights].size
             check_external_data(self.path(graph.file), self.path(graph.weights), weights)
 
-    def _checked(self) -> list[str]:
+    def _file_names(self) -> list[str]:
+        """All files except those of engines."""
         return [name for name in self.manifest.files if not name.startswith(ENGINES)]
 
-    def _status(self, name: str) -> os.stat_result:
+    def _stat(self, name: str) -> os.stat_result:
+        """Status of a file. Raises BundleError where it is missing or of another size."""
         path = self.path(name)
         if not path.is_file():
             raise BundleError(f"{self.root}: {name} is missing; {EXPORT_AGAIN}")
@@ -160,20 +162,20 @@ class Bundle:
             raise BundleError(f"{self.root}: {name} has changed since the export; {EXPORT_AGAIN}")
         return status
 
-    def _verify(self, name: str) -> None:
+    def _check_digest(self, name: str) -> None:
         if sha256_of(self.path(name)) != self.manifest.files[name].sha256:
             raise BundleError(f"{self.root}: {name} has changed since the export; {EXPORT_AGAIN}")
 
 
 def retired_folder(root: Path) -> Path:
-    """Where a bundle lies for the moment in which its successor takes its place, where two names cannot be swapped."""
+    """Where a bundle is kept while a new one replaces it, on systems that cannot swap two names."""
     return root.with_name(f".{root.name}.previous")
 
 
 def open_bundle(root: Path) -> Bundle:
-    """Reads and checks the manifest. Raises BundleError naming the folder, the field and the cure.
+    """Reads and checks the manifest. Raises BundleError that names the folder, the field and the cure.
 
-    Where an export was killed as it took the bundle's place, the bundle before it is opened.
+    Where an export was killed while it replaced a bundle, the old bundle is opened.
     """
     if not os.path.lexists(root) and (retired_folder(root) / MANIFEST).is_file():
         root = retired_folder(root)
@@ -181,15 +183,15 @@ def open_bundle(root: Path) -> Bundle:
     try:
         content = manifest_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        cause = "is no file" if isinstance(error, IsADirectoryError) else "is missing"
+        cause = "is not a file" if isinstance(error, IsADirectoryError) else "is missing"
         raise BundleError(f"{root}: is not a bundle ({MANIFEST} {cause}); make one with ttt-video export") from error
     except OSError as error:
-        raise BundleError(f"{manifest_path}: cannot be read ({error.strerror}); check who may read it") from error
+        raise BundleError(f"{manifest_path}: cannot be read ({error.strerror}); check its permissions") from error
     try:
         version = msgspec.json.decode(content, type=_Version).format_version
         if version > FORMAT_VERSION:
             raise BundleError(
-                f"{manifest_path}: format_version is {version}, this program reads up to {FORMAT_VERSION}; "
+                f"{manifest_path}: format_version is {version}; this program reads versions up to {FORMAT_VERSION}; "
                 f"update ttt-video-engine or {EXPORT_AGAIN}"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
@@ -206,18 +208,18 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def _check_names(source: Path, manifest: Manifest) -> None:
-    """Every file stays inside the folder, and every file that is used has a digest."""
+    """Raises BundleError for a file name that leaves the folder, and for a file of a graph that has no digest."""
     for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-            raise BundleError(f"{source}: files: {name!r} leads out of the bundle; {EXPORT_AGAIN}")
+            raise BundleError(f"{source}: files: {name!r} is outside the bundle; {EXPORT_AGAIN}")
     used = {name for graph in manifest.graphs.values() for name in (graph.file, graph.weights)} | {TOKENIZER}
     for name in sorted(used - set(manifest.files)):
         raise BundleError(f"{source}: files: {name!r} is used but not listed; {EXPORT_AGAIN}")
 
 
 def _check_shapes(source: Path, manifest: Manifest) -> None:
-    """Every component is there, and takes what the model's config calls for."""
+    """Raises BundleError unless every component exists and has the inputs that follow from the model's config."""
     for name, expected in _expected_inputs(source, manifest).items():
         if name not in manifest.graphs:
             raise BundleError(f"{source}: graphs: {name} is missing; {EXPORT_AGAIN}")
@@ -226,13 +228,13 @@ def _check_shapes(source: Path, manifest: Manifest) -> None:
             spec = found.get(input_name)
             if spec is None or spec.shape != shape:
                 raise BundleError(
-                    f"{source}: graphs.{name}: takes {spec or f'no {input_name}'}, the model calls for {list(shape)}; "
+                    f"{source}: graphs.{name}: has {spec or f'no input {input_name}'}; the model needs {list(shape)}; "
                     f"{EXPORT_AGAIN}"
                 )
 
 
 def _expected_inputs(source: Path, manifest: Manifest) -> dict[str, dict[str, tuple[int | str, ...]]]:
-    """Shapes by graph and input, the VAE's caches aside: their number is the decoder's own affair."""
+    """Input shapes by graph and name, without the VAE's caches, whose number depends on the decoder."""
     model = manifest.model
     if not manifest.lengths:
         raise BundleError(f"{source}: lengths: is empty; {EXPORT_AGAIN}")

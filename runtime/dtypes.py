@@ -1,4 +1,4 @@
-"""The dtypes of a model, of its weights and of its tensors, by their names, and how weights lie in a file."""
+"""Names of the dtypes of models and tensors, and the alignment of weights in a file."""
 
 from typing import Literal
 
@@ -6,10 +6,10 @@ DType = Literal["float32", "float16", "bfloat16"]
 """Precision of weights and activations."""
 
 TensorDType = Literal["float32", "float16", "bfloat16", "int64"]
-"""What a graph's inputs and outputs may have."""
+"""Dtypes of a graph's inputs and outputs."""
 
 Precision = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
-"""What a user may call a DType."""
+"""The names of a DType that options and config files accept."""
 
 DTYPES: dict[Precision, DType] = {
     "float32": "float32",
@@ -23,5 +23,5 @@ DTYPES: dict[Precision, DType] = {
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 WEIGHT_ALIGNMENT = 4096
-"""Bytes that the place of each weight in a data file is a multiple of: whole pages, so that a runtime can map weights
-instead of reading them."""
+"""The offset of each weight in a data file is a multiple of this many bytes: whole pages, so that a runtime can map
+weights instead of reading them."""

@@ -1,17 +1,17 @@
-"""What can go wrong, as a few classes: the message is one line that says what, where and what to do.
+"""Errors raised on purpose. Each message is one line: what is wrong, where, and what to do.
 
-`cli.py` is the one place that turns them into output; `exit_code` is what it ends with.
+Only `cli.py` prints them; it exits with their `exit_code`.
 """
 
 import difflib
 from collections.abc import Iterable
 
 EXPORT_AGAIN = "export the bundle again"
-"""What to do where a bundle is damaged, too old, or not of this program."""
+"""The cure for a bundle that is damaged, too old, or from another program."""
 
 
 def export_for_gpu(gpu: str) -> str:
-    """What to do where TensorRT's engines for a GPU are missing, damaged or too old."""
+    """The cure for TensorRT engines that are missing, damaged or too old."""
     return f"run: ttt-video export --engine tensorrt --gpu {gpu}"
 
 
@@ -22,42 +22,42 @@ class TTTVideoError(Exception):
 
 
 class ConfigError(TTTVideoError, ValueError):
-    """A size or setting that the model cannot have. A ValueError too, so that msgspec adds the path of the field."""
+    """A size or setting that the model cannot have. Also a ValueError, so that msgspec adds the path of the field."""
 
 
 class StoryboardError(TTTVideoError):
-    """A storyboard that cannot be rendered; names file, line, video, scene and field."""
+    """A storyboard that cannot be rendered. The message names file, line, video, scene and field."""
 
 
 class BundleError(TTTVideoError):
-    """A bundle that is incomplete, damaged, too new, or not made for what is asked of it."""
+    """A bundle that is incomplete, damaged, too new, or unsuitable for the command."""
 
 
 class CheckpointError(TTTVideoError):
-    """Weights that do not fit the model, or a file that is not what it claims to be."""
+    """Weights that do not fit the model, or a file whose content does not match its format."""
 
 
 class BackendError(TTTVideoError):
-    """A graph that does not load, or inputs that do not match it."""
+    """A backend that is missing, a graph that does not load or run, or inputs that do not match it."""
 
 
 class OutputError(TTTVideoError):
-    """A place that cannot be written: it exists already, or the disk is full."""
+    """A file or folder that cannot be written: it exists already, or the disk is full."""
 
 
 class CheckFailed(TTTVideoError):
-    """A check that ran and did not hold, such as parity over tolerance."""
+    """A check that failed, such as a parity error above the tolerance."""
 
     exit_code = 1
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with escapes for what a terminal would act on, such as line breaks and control characters."""
+    """`text` on one line. Characters that a terminal interprets, such as line breaks, are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """The cure for an unknown name: the nearest known one, or all of them where none is near."""
+    """The cure for an unknown name: the most similar known name, or all names where none is similar."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: written beside their target, on the disk, then renamed.
+"""Writes files that are either complete or absent: beside their target first, then renamed.
 
-A name that a power cut leaves behind must not stand for a file without its bytes: what claims to be complete is synced
-before it is renamed, and its folder after.
+A power cut must not leave a name without its content. So a file is synced to disk before it is renamed, and its folder
+afterwards.
 """
 
 import ctypes
@@ -23,10 +23,10 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Gives a path beside `target` to write to, and renames it to `target` when the block ends well.
+    """Yields a path beside `target` to write to, and renames it to `target` when the block succeeds.
 
-    `target` then is on the disk, and so is its name. Whatever ends the block otherwise, ctrl-C too, removes what was
-    written. A full or failing disk or a folder that cannot be written becomes an OutputError that names the target.
+    `target` is then on disk, name and content. Where the block fails or is interrupted, the partial file is deleted.
+    Raises OutputError that names the target where the disk is full or fails, or the folder cannot be written.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial{target.suffix}")
     with writing(target):
@@ -42,7 +42,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turns what the system says when it cannot write into an OutputError about `target`."""
+    """Turns an OSError of a write into an OutputError that names `target`."""
     try:
         yield
     except OSError as error:
@@ -61,19 +61,19 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, are on the disk. Raises OSError where the disk fails."""
+    """Flushes a file, or the names in a folder, to disk. Raises OSError where the disk fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (error.errno == errno.EINVAL and path.is_dir()):  # file systems without folders of their own to sync
+        if not (error.errno == errno.EINVAL and path.is_dir()):  # some file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """As `sync`, for a folder and all that is in it; links are not followed."""
+    """As `sync`, for a folder and everything in it. Links are not followed."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             path = Path(root, name)
@@ -83,7 +83,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps two names in one step, so that neither is ever missing; False where the system cannot.
+    """Swaps two names atomically, so that neither is ever missing. Returns False where the system cannot.
 
     Both must exist, on one file system. Raises OSError where the swap fails.
     """
@@ -102,40 +102,42 @@ def check_folder(folder: Path) -> None:
     """Raises OutputError unless files can be written in `folder`, which need not exist yet."""
     existing = folder if folder.exists() else _existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"{folder}: {existing} is not a folder that can be written; choose another")
+        raise OutputError(f"{folder}: {existing} is not a writable folder; choose another folder")
 
 
-def check_replaceable(folder: Path) -> Path:
-    """The real path of a folder to be made, or to be replaced by a rename, links followed.
+def replaceable_path(folder: Path) -> Path:
+    """The real path, links resolved, of a folder that is to be created, or replaced by a rename.
 
-    Raises OutputError for what a rename cannot replace, or must not: a mount point, a loop of links, and the folder
-    that the command runs in, which its shell would go on to see as it was.
+    Raises OutputError for a folder that a rename cannot or must not replace: a mount point, a loop of links, or the
+    current folder, which the user's shell would continue to show with its old content.
     """
     try:
         real = folder.resolve()
         if Path.cwd().is_relative_to(real):
-            raise OutputError(f"{folder}: is the folder that this command runs in; run it elsewhere, or name another")
+            raise OutputError(
+                f"{folder}: is the current folder of this command; run it in another folder, or choose another output"
+            )
         if os.path.ismount(real) or str(real) in _mount_points():
-            raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
+            raise OutputError(f"{folder}: is a mount point, which cannot be replaced; choose a folder in it")
     except (OSError, RuntimeError) as error:
-        cause = getattr(error, "strerror", None) or "its links lead nowhere"
+        cause = getattr(error, "strerror", None) or "its links form a loop"
         raise OutputError(f"{folder}: cannot be written ({cause}); choose another folder") from error
     return real
 
 
 def check_space(target: Path, needs: Mapping[str, int]) -> None:
-    """Raises OutputError unless the disk of `target` has as many bytes free as all `needs`, by what needs them."""
+    """Raises OutputError unless the disk of `target` has room for all `needs`: bytes by their purpose."""
     free, total = shutil.disk_usage(_existing_parent(target)).free, sum(needs.values())
     if total > free:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
         raise OutputError(
-            f"{target}: takes up to {total / 1e9:.1f} GB ({parts}), the disk has {free / 1e9:.1f} GB free; "
+            f"{target}: needs up to {total / 1e9:.1f} GB ({parts}); the disk has {free / 1e9:.1f} GB free; "
             "free some space or choose another folder"
         )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that will not be written to again; a copy where the file system has no links."""
+    """Makes `target` a hard link to `source`, or a copy where the file system has none. Neither is to be modified."""
     try:
         os.link(source, target)
     except OSError:
@@ -149,7 +151,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _mount_points() -> set[str]:
-    """Of this process, bind mounts too, which `ismount` does not see; none where the system does not say."""
+    """Mount points, bind mounts included, which `ismount` misses. Empty where the system does not list them."""
     try:
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:

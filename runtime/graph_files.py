@@ -1,7 +1,7 @@
-"""Which bytes of which files an ONNX graph reads as its weights, without onnx: a walk over its protobuf encoding.
+"""Finds the external data of an ONNX graph: which bytes of which files it reads. Decodes its protobuf without onnx.
 
-Only the messages on the way to tensors are entered, as onnx.proto has them. What cannot be decoded is refused, so that
-nothing hides in it. See https://protobuf.dev/programming-guides/encoding/ for the encoding.
+Only messages that can contain tensors are decoded, as onnx.proto defines them. A graph that cannot be decoded is
+refused, so that no tensor is missed. The encoding: https://protobuf.dev/programming-guides/encoding/.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,17 +26,17 @@ CHILDREN: Mapping[str, Mapping[int, str]] = {
     },
     "SparseTensorProto": {1: _TENSOR, 2: _TENSOR},
 }
-"""Message → field → message, for every way that leads to a tensor."""
+"""Message → field number → message, for every path to a tensor."""
 _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 8, 13, 14
 """Fields of a TensorProto. An entry of external_data has its key in field 1 and its value in field 2."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types; groups, which onnx.proto has none of, are refused."""
+"""Wire types. Groups, which onnx.proto does not use, are refused."""
 
 
 def check_external_data(graph: Path, weights: Path, size: int) -> None:
-    """Raises BundleError unless all that `graph` reads from files lies in `weights`, beside it, of `size` bytes.
+    """Raises BundleError unless all external data of `graph` is in `weights`, in the same folder, of `size` bytes.
 
-    The message names the graph, the tensor and what it would read.
+    The message names the graph, the tensor and the wrong location.
     """
     try:
         for name, entries in external_data(graph.read_bytes()):
@@ -44,17 +44,17 @@ def check_external_data(graph: Path, weights: Path, size: int) -> None:
             if fault:
                 raise BundleError(f"{graph}: {name}: {fault}; {EXPORT_AGAIN}")
     except (IndexError, UnicodeDecodeError, ValueError) as error:
-        raise BundleError(f"{graph}: is no ONNX graph; {EXPORT_AGAIN}") from error
+        raise BundleError(f"{graph}: is not an ONNX graph; {EXPORT_AGAIN}") from error
 
 
 def external_data(model: bytes) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(tensor, its keys and values in order) for every tensor of an encoded ModelProto that lies in a file.
+    """Yields (tensor name, its external_data entries in order) for every tensor of a ModelProto that is in a file.
 
-    Raises IndexError or ValueError (UnicodeDecodeError is one) for what is no such message.
+    Raises IndexError or ValueError, such as UnicodeDecodeError, where `model` is not an encoded ModelProto.
     """
-    left = [("ModelProto", 0, len(model))]
-    while left:
-        kind, start, end = left.pop()
+    pending = [("ModelProto", 0, len(model))]
+    while pending:
+        kind, start, end = pending.pop()
         if kind == _TENSOR:
             yield from _external(model, start, end)
             continue
@@ -62,8 +62,8 @@ def external_data(model: bytes) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         for field, wire, first, last in _fields(model, start, end):
             if field in children:
                 if wire != _BYTES:
-                    raise ValueError(f"{kind}: field {field} is no message")
-                left.append((children[field], first, last))
+                    raise ValueError(f"{kind}: field {field} is not a message")
+                pending.append((children[field], first, last))
 
 
 def _external(model: bytes, start: int, end: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -81,11 +81,11 @@ def _external(model: bytes, start: int, end: int) -> Iterator[tuple[str, list[tu
 
 
 def _fields(model: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, wire type, start and end of its content) of each field of the message at [at, end)."""
+    """Yields (number, wire type, start and end of the content) of each field of the message at [at, end)."""
     while at < end:
         tag = model[at]
-        tag, at = (tag, at + 1) if tag < 0x80 else _varint(model, at)  # nearly all have one byte
-        if tag >= 1 << 32:  # which readers cut to 32 bits, to another field
+        tag, at = (tag, at + 1) if tag < 0x80 else _varint(model, at)  # most tags have one byte
+        if tag >= 1 << 32:  # readers truncate it to 32 bits, which gives another field
             raise ValueError(f"a tag of {tag} before byte {at}")
         wire = tag & 7
         if wire == _BYTES:
@@ -105,7 +105,7 @@ def _fields(model: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, in
 
 
 def _varint(model: bytes, at: int) -> tuple[int, int]:
-    """A number of at most ten bytes of seven bits, and where it ends."""
+    """A number, encoded in at most ten bytes of seven bits each, and the index of the byte after it."""
     value = model[at]
     if value < 0x80:
         return value, at + 1
@@ -120,14 +120,14 @@ def _varint(model: bytes, at: int) -> tuple[int, int]:
 
 
 def _fault(entries: list[tuple[str, str]], file: str | None, size: int) -> str:
-    """What is wrong with where a tensor lies; empty where it is in `file` and its first `size` bytes."""
+    """What is wrong with the location of a tensor; empty where it is in the first `size` bytes of `file`."""
     place = dict(entries)
     if len(place) != len(entries):
-        return "says twice where it lies"
+        return "has an external_data key twice"
     if file is None or place.get("location") != file:
-        return f"lies in {place.get('location')!r}, which is not its graph's file of weights"
+        return f"is in {place.get('location')!r}, which is not the weight file of its graph"
     if not all(place.get(key, "").isdecimal() and place[key].isascii() for key in ("offset", "length")):
         return f"has the offset {place.get('offset')!r} and length {place.get('length')!r}, which must be numbers"
     if len(place["offset"] + place["length"]) > 40 or int(place["offset"]) + int(place["length"]) > size:
-        return f"lies at {place['offset']} + {place['length']}, its file has {size} bytes"
+        return f"is at {place['offset']} + {place['length']}; its file has {size} bytes"
     return ""

@@ -1,4 +1,4 @@
-"""What the pipeline asks of an engine: a loaded graph that takes and gives named arrays."""
+"""What the pipeline needs of a backend: a `Runner` is a loaded graph with named inputs and outputs."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -14,8 +14,8 @@ from ttt_video_engine.runtime.errors import BackendError
 Array = NDArray[np.generic]
 
 
-class AnyArray(Protocol):
-    """An array of numpy's, or one that lies elsewhere and that `np.asarray` brings to the host."""
+class HostOrDeviceArray(Protocol):
+    """A NumPy array, or an array on a device, which `np.asarray` copies to the host."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -30,7 +30,7 @@ class AnyArray(Protocol):
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """Name, dtype and shape of one input or output; an axis with a name instead of a size is free."""
+    """Name, dtype and shape of one input or output. An axis with a name instead of a size is dynamic."""
 
     name: str
     dtype: TensorDType
@@ -41,24 +41,24 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def array_dtype(self) -> str:
-        """The dtype of its arrays. numpy has no bfloat16: its bits travel as uint16, and no one but an engine reads
-        them."""
+        """Dtype of its arrays. NumPy has no bfloat16: such arrays are uint16 with the same bits, which only a backend
+        interprets."""
         return "uint16" if self.dtype == "bfloat16" else self.dtype
 
-    def fits(self, array: AnyArray) -> bool:
-        """Whether an array may be fed to (or come out of) this place."""
+    def fits(self, array: HostOrDeviceArray) -> bool:
+        """Whether an array has the rank, the sizes and the dtype of this input or output."""
         same_rank = array.ndim == len(self.shape)
-        same_sizes = all(isinstance(want, str) or want == n for want, n in zip(self.shape, array.shape, strict=False))
+        same_sizes = all(isinstance(axis, str) or axis == n for axis, n in zip(self.shape, array.shape, strict=False))
         return same_rank and same_sizes and array.dtype == self.array_dtype
 
 
 class Runner(Protocol):
-    """One graph, loaded. Leaving the `with` block frees what it holds."""
+    """One loaded graph. Leaving the `with` block frees it."""
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> Mapping[str, AnyArray]:
-        """All outputs by name; the VAE's caches may stay where the engine works, to be fed back as they are.
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> Mapping[str, HostOrDeviceArray]:
+        """Returns all outputs by name. The VAE's caches may stay on the device; they are passed back as inputs.
 
-        Raises BackendError where the inputs are not those of the graph.
+        Raises BackendError where the inputs do not match the graph.
         """
         ...
 
@@ -75,15 +75,15 @@ class RunnerLoader(Protocol):
     def __call__(self, graph: str) -> Runner: ...
 
     def environment(self) -> dict[str, str]:
-        """What runs the graphs, for the record: `engine`, packages with their versions, provider or GPU.
+        """What runs the graphs, for the sidecar: `engine`, packages with their versions, provider or GPU.
 
-        Complete as soon as the loader exists, so that asking for it cannot fail after hours of work.
+        Complete as soon as the loader exists, so that it cannot fail after hours of rendering.
         """
         ...
 
 
-def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, AnyArray]) -> None:
-    """Raises BackendError unless `inputs` are exactly what the graph takes; free axes of one name must agree."""
+def check_inputs(graph: str, specs: tuple[TensorSpec, ...], inputs: Mapping[str, HostOrDeviceArray]) -> None:
+    """Raises BackendError unless `inputs` match `specs` exactly. Dynamic axes of one name must have one size."""
     expected = {spec.name for spec in specs}
     if expected != set(inputs):
         raise BackendError(f"{graph}: inputs are {sorted(inputs)}; must be {sorted(expected)}")

@@ -1,4 +1,4 @@
-"""Noise levels and guidance scales of every denoising step, as numbers fixed before the first step."""
+"""Noise levels and guidance scales of all denoising steps, computed before the first step."""
 
 import math
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ MAX_GUIDANCE_SCALE = 100.0
 class Schedule:
     """Noise levels of n denoising steps, noisiest first.
 
-    alpha_sqrt is the square root of alpha-bar, the share of signal left: 0 is noise alone, 1 is the clean latent. Both
-    tables have ZeroSNR enforced, each over its own steps, so they differ a little at the same timestep.
+    alpha_sqrt is the square root of alpha-bar, the share of signal: 0 is pure noise, 1 is the clean latent. Both
+    tables are rescaled to zero terminal SNR, each over its own steps, so they differ slightly at the same timestep.
     """
 
     timesteps: NDArray[np.int64]
-    """[n], what the network is told."""
+    """[n], input of the transformer."""
     alpha_sqrt: NDArray[np.float64]
-    """[n + 1], strictly rising from exactly 0 to exactly 1, the clean latent that the last step ends at."""
+    """[n + 1], strictly increasing from exactly 0 to exactly 1, the clean latent after the last step."""
     train_alpha_sqrt: NDArray[np.float64]
-    """[num_train_timesteps], falling to exactly 0, indexed by timestep."""
+    """[num_train_timesteps], decreasing to exactly 0, indexed by timestep."""
 
 
 def make_schedule(config: DiffusionConfig, num_steps: int) -> Schedule:
-    """The schedule of `num_steps` evenly spaced steps. Raises ConfigError where training had fewer steps than that."""
+    """The schedule of `num_steps` evenly spaced steps. Raises ConfigError where training had fewer."""
     num_train = config.num_train_timesteps
     if not 1 <= num_steps <= num_train:
         raise ConfigError(f"num_steps is {num_steps!r}: must lie in 1 … {num_train}, the steps of training")
@@ -43,14 +43,14 @@ def make_schedule(config: DiffusionConfig, num_steps: int) -> Schedule:
 
 
 def guidance_scales(kind: Guidance, scale: float, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How far each step moves from the unconditional prediction (0) through the conditional one (1): float64 [n].
+    """Guidance scale of each step, float64 [n]: 0 is the unconditional prediction, 1 is the conditional one.
 
     "dynamic" grows from 1 to `scale` along 1 + (scale - 1) (1 - cos(pi p^5)) / 2 with p the progress from 0 to 1, as
     the documentation of TTT-Video describes (dynamic guidance of CogVideoX, arXiv 2408.06072). "upstream" is what its
     code evaluates: 1 + scale (1 - cos(pi ((n - t) / n)^5)) / 2 with t the timestep and n the number of steps, which
-    jumps about in 1 … 1 + scale. "constant" is `scale` throughout.
+    oscillates between 1 and 1 + scale. "constant" is `scale` in every step.
 
-    Raises ConfigError unless 1 <= scale <= 100: below 1 the prompt is weakened, far above it the latents overflow.
+    Raises ConfigError unless 1 <= scale <= 100: below 1 the prompt is weakened, very large scales overflow the latents.
     """
     if not 1 <= scale <= MAX_GUIDANCE_SCALE:
         raise ConfigError(f"guidance scale is {scale!r}: must lie in 1 … {MAX_GUIDANCE_SCALE:g}")
@@ -58,7 +58,7 @@ def guidance_scales(kind: Guidance, scale: float, timesteps: NDArray[np.int64]) 
     if kind == "constant":
         return np.full(num_steps, scale, dtype=np.float64)
     if kind == "dynamic":
-        # A single step is the last one as much as the first; the last is what the video is made of.
+        # A single step counts as the last, which determines the video.
         progress = np.linspace(0.0, 1.0, num_steps) if num_steps > 1 else np.ones(1)
         return 1 + (scale - 1) * _cosine_ramp(progress)
     if kind == "upstream":
@@ -71,7 +71,7 @@ def _cosine_ramp(progress: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _train_alpha_sqrt(config: DiffusionConfig) -> NDArray[np.float64]:
-    """[num_train_timesteps], as trained: beta linear in its square root (arXiv 2112.10752), then the shift of SNR."""
+    """[num_train_timesteps], as in training: beta linear in its square root (arXiv 2112.10752), then SNR is shifted."""
     roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps)
     alpha_bar = np.cumprod(1 - roots**2)
     shift = config.shift_scale
@@ -79,8 +79,9 @@ def _train_alpha_sqrt(config: DiffusionConfig) -> NDArray[np.float64]:
 
 
 def _zero_terminal_snr(alpha_sqrt: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shifts falling values so that the last is 0, scales them so that the first stays (arXiv 2305.08891, alg. 1)."""
+    """Shifts decreasing values so that the last is 0, and scales them so that the first stays (arXiv 2305.08891,
+    algorithm 1)."""
     first, last = float(alpha_sqrt[0]), float(alpha_sqrt[-1])
-    # One value is first and last at once, and the scale would be 0 / 0: noise alone is where sampling has to start.
+    # For a single value the scale would be 0 / 0. The result is 0: sampling starts from pure noise.
     scale = first / (first - last) if first > last else 0.0
     return (alpha_sqrt - last) * scale

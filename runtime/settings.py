@@ -1,4 +1,4 @@
-"""How to render: the choices of `sample`, and what a bundle proposes for them."""
+"""Sampling settings: the options of `sample`, for which a bundle may state defaults."""
 
 from typing import Annotated, Literal
 
@@ -10,14 +10,14 @@ BackendName = Literal["onnxruntime", "tensorrt"]
 """What runs the graphs: the values of `--engine`."""
 MAX_SEED = (1 << 63) - 1
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
-"""What both numpy and torch take."""
+"""The seeds that both NumPy and torch accept."""
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Recorded beside every video; the defaults are the documented ones of TTT-Video.
+    """Sampling settings, recorded in the sidecar of each video. The defaults are those that TTT-Video documents.
 
     `low_memory` runs the two branches of guidance one after the other: half the activations, the same video up to
-    rounding. `fps` is the rate of the mp4, `seed` that of the noise.
+    rounding. `fps` is the frame rate of the mp4; `seed` is the seed of the noise.
     """
 
     num_steps: int = 50

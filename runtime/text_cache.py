@@ -1,7 +1,7 @@
-"""Embeddings of prompts, kept by content: a scene that was encoded once is not encoded again.
+"""A cache of prompt embeddings, so that the same text is encoded only once.
 
-The text encoder is the largest component after the transformer, and most scenes of a storyboard that is rendered again,
-and every empty negative prompt, are the same as before.
+The text encoder is the largest component after the transformer. When a storyboard is rendered again, most of its scenes
+are unchanged, and so is every empty negative prompt.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.files import atomic_write
 
 LIMIT = 2 << 30
-"""Bytes that the files of a cache may take; the ones that were used longest ago go first."""
+"""Bytes that the files of a cache may take. The least recently used are deleted first."""
 
 _SUFFIX = ".embedding"
 _MAX_WIDTH = 1 << 16
@@ -27,13 +27,14 @@ Floats = NDArray[np.float32]
 
 
 class TextCache:
-    """Embeddings [N, d_model] by the token ids [N] of a scene, in one folder for all encoders; None keeps nothing.
+    """Embeddings [N, d_model] by the token ids [N] of a scene, in one folder for all encoders.
 
-    `encoder` is everything else that they depend on. `verify` raises where the encoder's files are not those that
-    `encoder` names, and is called once, before the first entry is stored. `width` is d_model; None takes any.
+    A cache without a folder is empty. `encoder` identifies everything else that an embedding depends on. `verify`
+    raises where the encoder's files do not match `encoder`; it is called once, before the first entry is stored.
+    `width` is d_model; None accepts any.
 
-    An entry is a SHA-256, of `encoder`, ids and data, then the data as little-endian float32. The cache never fails:
-    what is not as it was stored is encoded again, and what cannot be written is not kept.
+    An entry is a SHA-256 of `encoder`, ids and data, then the data as little-endian float32. Faults of the cache are
+    not errors: a damaged entry is ignored, and an entry that cannot be written is not stored.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class TextCache:
         self._folder, self._encoder, self._width, self._verify = folder, encoder, width, verify
 
     def get(self, ids: NDArray[np.int64]) -> Floats | None:
-        """What was put for these ids, or None."""
+        """The stored embedding of these ids, or None."""
         if self._folder is None:
             return None
         key = self._key(ids)
@@ -50,8 +51,8 @@ class TextCache:
         try:
             status = path.stat()
             width, rest = divmod(status.st_size - _DIGEST_BYTES, 4 * len(ids))
-            # Known before anything is read, so that a file of any size costs no memory.
-            if not stat.S_ISREG(status.st_mode) or rest or not self._takes(width):
+            # Checked before the file is read, so that a huge file takes no memory.
+            if not stat.S_ISREG(status.st_mode) or rest or not self._accepts(width):
                 return None
             content = path.read_bytes()
             os.utime(path)
@@ -63,9 +64,9 @@ class TextCache:
         return np.frombuffer(data, "<f4").reshape(len(ids), width).astype(np.float32)
 
     def put(self, ids: NDArray[np.int64], embedding: Floats) -> None:
-        """Keeps an embedding, and drops the oldest beyond the limit.
+        """Stores an embedding, then deletes the least recently used entries above the limit.
 
-        Raises what `verify` raises. An embedding with NaN or infinite values is not kept.
+        Raises what `verify` raises. An embedding with NaN or infinite values is not stored.
         """
         if self._folder is None or not np.isfinite(embedding).all():
             return
@@ -81,7 +82,7 @@ class TextCache:
         except (OSError, OutputError):
             return
 
-    def _takes(self, width: int) -> bool:
+    def _accepts(self, width: int) -> bool:
         return width == self._width if self._width is not None else 0 < width <= _MAX_WIDTH
 
     def _key(self, ids: NDArray[np.int64]) -> bytes:

@@ -1,4 +1,4 @@
-"""From a storyboard to the token ids that the text encoder reads. Shapes: S scenes, N tokens kept per scene."""
+"""Turns a storyboard into the token ids that the text encoder reads. Shapes: S scenes, N tokens kept per scene."""
 
 import textwrap
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _CONTROL_TOKENS = (PAD_TOKEN, END_TOKEN, SCENE_END_TOKEN, SCENE_START_TOKEN)
 class Truncation:
     """A prompt that is too long: `num_tokens` with its scene tokens and `</s>`, of which `limit` fit.
 
-    `scene` counts from 1, `field` is "text" or "neg_text", `cut_text` is the part of the prompt that is lost.
+    `scene` counts from 1, `field` is "text" or "neg_text", `cut_text` is the part of the prompt that is cut.
     """
 
     scene: int
@@ -41,7 +41,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Token ids of a storyboard, int64 [S, N] each, and what did not fit."""
+    """Token ids of a storyboard, int64 [S, N] each, and the prompts that were cut."""
 
     positive: NDArray[np.int64]
     negative: NDArray[np.int64]
@@ -58,7 +58,7 @@ class SceneTokenizer:
         if missing:
             raise BundleError(f"the tokenizer lacks {', '.join(missing)}; {EXPORT_AGAIN}")
         self._pad, self._end, self._scene_end, self._scene_start = (vocab[token] for token in _CONTROL_TOKENS)
-        # What the file says of lengths and of tokens around the text would act before the scene tokens are there.
+        # The file's truncation, padding and post-processing would run before the scene tokens are added.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.post_processor = None
@@ -68,7 +68,7 @@ class SceneTokenizer:
         """Reads a `tokenizer.json`. Raises BundleError if it is unreadable or lacks a token this class needs."""
         try:
             tokenizer = read_tokenizer(path)
-        # The library raises plain Exception for what the schema does not cover.
+        # The library raises plain Exception.
         except Exception as error:
             cause = " ".join(str(error).split())
             raise BundleError(f"{path}: cannot be read ({cause}); {EXPORT_AGAIN}") from error
@@ -81,7 +81,7 @@ class SceneTokenizer:
         """Ids of every scene's text and neg_text, cut or padded to N = `text_length` (at least 3).
 
         A scene with a transition starts with the scene-start token and the one before it ends with the scene-end token;
-        the first scene has nothing to come from. Only positive prompts carry them.
+        no scene precedes the first. Only positive prompts have these tokens.
         """
         scenes = storyboard.scenes
         positive = np.full((len(scenes), text_length), self._pad, dtype=np.int64)
@@ -104,10 +104,10 @@ class SceneTokenizer:
     def _fill(
         self, row: NDArray[np.int64], text: str, head: list[int], tail: list[int], scene: int, field: str
     ) -> Truncation | None:
-        """Writes head, text and tail into a row [N] of padding; the text gives way where they are too long."""
+        """Writes head, text and tail into a row [N] of padding; the text is cut where they do not fit."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         control = (self._pad, self._end, self._scene_end, self._scene_start)
-        # A control token that someone typed into the prose means nothing there.
+        # Control tokens that are part of the text are dropped.
         kept = [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True) if i not in control]
         room = len(row) - len(head) - len(tail)
         ids = [*head, *(token_id for token_id, _ in kept[:room]), *tail]

@@ -1,8 +1,8 @@
-"""`tokenizer.json`, held to a schema before the library reads it.
+"""Validates `tokenizer.json` against a schema before the tokenizers library reads it.
 
-The tokenizers library ends the process, or takes all memory, for some contents that a file from elsewhere may have: a
-damaged character map, replacements that grow, an unknown token that is not there. What is taken here is what T5's
-tokenizer and ours are made of: a Unigram model, and normalizers that make a text longer by a small factor at most.
+With some files, the library aborts the process or exhausts the memory: a damaged character map, replacements that
+lengthen the text, an unknown token that does not exist. The schema accepts what T5's tokenizers and ours consist of: a
+Unigram model, and normalizers that lengthen a text by a small factor at most.
 """
 
 import base64
@@ -16,10 +16,10 @@ import numpy as np
 from msgspec import Meta, Struct
 from tokenizers import Tokenizer
 
-MAX_FILE_BYTES = 32 << 20  # mT5's, with 250,000 pieces, takes half of it
+MAX_FILE_BYTES = 32 << 20  # twice the size of mT5's, which has 250,000 pieces
 _MAX_REPLACEMENT_BYTES = 64  # of one character; the longest of NFKC has 33
 
-# Those of the public T5 tokenizers and ours: none matches the empty string, none backtracks.
+# The patterns of the public T5 tokenizers and ours. None matches the empty string, none backtracks.
 _Pattern = Literal[r"\s+", " {2,}"]
 
 
@@ -82,13 +82,13 @@ class _File(Struct):
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json`. Raises OSError, or ValueError that says what of it is not a T5 tokenizer's."""
+    """Reads a `tokenizer.json`. Raises OSError, or ValueError with the reason why it is not a T5 tokenizer."""
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
-    return tokenizer_of(content)
+    return parse_tokenizer(content)
 
 
-def tokenizer_of(content: bytes) -> Tokenizer:
+def parse_tokenizer(content: bytes) -> Tokenizer:
     """As `read_tokenizer`, for the content of a file."""
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"is over {MAX_FILE_BYTES >> 20} MiB")
@@ -118,11 +118,11 @@ def _flat(normalizer: _Normalizer | None) -> Iterator[_Normalizer]:
 
 
 def _check_character_map(encoded: str) -> None:
-    """Raises ValueError unless every look-up in a `precompiled_charsmap` of SentencePiece ends inside it.
+    """Raises ValueError unless every lookup in SentencePiece's `precompiled_charsmap` stays inside it.
 
-    It holds the trie's size in bytes as uint32, the trie, and replacements, each ended by a zero byte. The trie is a
-    double array of uint32 units (Darts-clone): a unit at p leads, for a byte c, to p ^ offset ^ c, and with bit 8 set
-    also to a value at p ^ offset, the place of a replacement.
+    The map is the trie's size in bytes as uint32, the trie, and replacements that each end with a zero byte. The trie
+    is a double array of uint32 units (Darts-clone): a unit at p points, for a byte c, to p ^ offset ^ c. With bit 8 set
+    it also points to a value at p ^ offset, which is the position of a replacement.
     """
     try:
         data = base64.b64decode(encoded, validate=True)
@@ -142,6 +142,6 @@ def _check_character_map(encoded: str) -> None:
     targets = inner ^ ((links >> 10) << ((links & (1 << 9)) >> 6)).astype(np.int64)
     values = units[targets[(links & (1 << 8)) != 0] % len(units)] & ((1 << 31) - 1)
     if (targets | 0xFF).max(initial=0) >= len(units) or values.max(initial=0) >= len(replacements):
-        raise ValueError("precompiled_charsmap is damaged: its trie leads out of it")
+        raise ValueError("precompiled_charsmap is damaged: its trie points outside it")
     if ((replacements[values] & 0xC0) == 0x80).any():
         raise ValueError("precompiled_charsmap is damaged: a replacement starts inside a character")

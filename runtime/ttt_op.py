@@ -1,4 +1,4 @@
-"""The custom operators of the TTT layers: what the exporter writes, and what plugins and kernels implement."""
+"""The custom ONNX operators of the TTT layers: the exporter emits them, plugins and kernels implement them."""
 
 from ttt_video_engine.runtime.config import TTTKind
 

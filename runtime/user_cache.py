@@ -1,4 +1,4 @@
-"""Where a user's caches lie: one folder for all of them."""
+"""The folder of the user's caches."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import platformdirs
 
 
 def cache_folder(name: str) -> Path | None:
-    """The folder of one cache; None for a user without a home. On Linux, XDG_CACHE_HOME overrides the home."""
+    """The folder of one cache; None for a user without a home folder. On Linux, XDG_CACHE_HOME overrides it."""
     try:
         folder = platformdirs.user_cache_path("ttt-video", appauthor=False) / name
     except RuntimeError:  # platformdirs 4.10 and later; older ones leave "~" as it is

@@ -1,7 +1,7 @@
-"""Files whose digests were taken, noted in the user's cache, so that what is untouched is not read again.
+"""Records in the user's cache which files have a verified digest, so that an unchanged file is not read again.
 
-A note is an empty file. Its name is the digest of where the file is, its size, its times and what it held: whatever
-touches the file changes its ctime, which no program can set, and so leaves it without a note.
+A record is an empty file, named by a hash of the file's device, inode, size, times and SHA-256. Any change of the file
+changes its ctime, which no program can set, so the record no longer matches.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from pathlib import Path
 from ttt_video_engine.runtime.user_cache import cache_folder
 
 
-def is_noted(status: os.stat_result, sha256: str) -> bool:
-    """Whether a file of this status was noted to have this digest."""
+def is_verified(status: os.stat_result, sha256: str) -> bool:
+    """Whether a file with this status is recorded to have this digest."""
     path = _path(status, sha256)
     return path is not None and path.exists()
 
 
-def note(status: os.stat_result, sha256: str) -> None:
-    """Notes that the file, which had this status before it was read, has this digest; nothing where it cannot be."""
+def mark_verified(status: os.stat_result, sha256: str) -> None:
+    """Records that a file has this digest. `status` is from before it was read. Does nothing without a cache folder."""
     path = _path(status, sha256)
     if path is None:
         return

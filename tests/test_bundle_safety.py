@@ -11,7 +11,7 @@ import torch
 
 from ttt_video_engine.export import build
 from ttt_video_engine.export import stage as stages
-from ttt_video_engine.export.build import Extras, export_bundle
+from ttt_video_engine.export.build import ExportOptions, export_bundle
 from ttt_video_engine.export.graphs.weights import lay_out
 from ttt_video_engine.export.sources.source import Component, SeededSource
 from ttt_video_engine.export.stage import open_stage
@@ -160,7 +160,7 @@ def test_damage_of_the_same_size_is_not_resumed(bundle: Path, monkeypatch: pytes
 def test_what_is_resumed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "transformer/model.onnx_data"
     stage = open_stage(tmp_path / "bundle", None, silent)
-    stage.place(name).write_bytes(b"weights")
+    stage.prepare_file(name).write_bytes(b"weights")
     stage.add_weights(name, {}, bundles.FileEntry(sha256_of(stage.root / name), 7))
     read: list[Path] = []
 
@@ -171,7 +171,7 @@ def test_what_is_resumed_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stages, "sha256_of", noted)
     resumed = open_stage(tmp_path / "bundle", None, silent)
     assert resumed.has_weights(name, {}) and read == []
-    assert resumed.weights(name, {}) == resumed.weights(name, {}) != None  # noqa: E711
+    assert resumed.find_weights(name, {}) == resumed.find_weights(name, {}) != None  # noqa: E711
     assert len(read) == 1
 
 
@@ -211,7 +211,7 @@ def test_a_check_for_space_changes_nothing(bundle: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         build, "check_space", lambda *_: found.append({path.name for path in stage.rglob("*") if path.is_file()})
     )
-    export_bundle(SEEDED, bundle, ["9s"], "float32", silent, Extras())
+    export_bundle(SEEDED, bundle, ["9s"], "float32", silent, ExportOptions())
     assert found == [{"finished.json"}]
 
 
@@ -253,17 +253,17 @@ def test_a_manifest_that_cannot_be_read_is_one_line(
 
 def test_a_tensor_is_shared_by_name_alone() -> None:
     def place(name: str) -> tuple[int, int]:
-        return places[name]
+        return ranges[name]
 
     def lazy() -> LazyTensor:
         return LazyTensor((3, 2), torch.float32, lambda: torch.ones(3, 2))
 
     first, second = "encoder.t5.shared.weight", "encoder.t5.encoder.embed_tokens.weight"
     one = lazy()
-    places = dict(lay_out({second: lazy(), first: lazy(), "a": one, "b": one}, Path("x"), torch.float32).places)
+    ranges = dict(lay_out({second: lazy(), first: lazy(), "a": one, "b": one}, Path("x"), torch.float32).ranges)
     assert place(first) == place(second)
     assert len({place(first), place("a"), place("b")}) == 3
 
     meta = {name: torch.empty(3, 2, device="meta") for name in ("a", "b")}  # all of the data pointer 0
-    places = dict(lay_out(lazy_state(meta), Path("x"), torch.float32).places)
+    ranges = dict(lay_out(lazy_state(meta), Path("x"), torch.float32).ranges)
     assert place("a") != place("b")

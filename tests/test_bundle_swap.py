@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from ttt_video_engine.export import swap
 from ttt_video_engine.export.stage import Stage, export_lock, open_stage
-from ttt_video_engine.export.swap import FINISHED, settle, stage_folder
+from ttt_video_engine.export.swap import FINISHED, finish_replacement, stage_folder
 from ttt_video_engine.runtime import bundle as bundles
 from ttt_video_engine.runtime.bundle import MANIFEST, encode_manifest, open_bundle
 from ttt_video_engine.runtime.errors import OutputError
@@ -63,7 +63,7 @@ def complete(bundle: Path, *, tool: str) -> None:
     before = open_bundle(bundle)
     stage = open_stage(bundle, before, lambda line: None)
     for name, entry in before.manifest.files.items():
-        stage.place(name).parent.mkdir(exist_ok=True)
+        stage.prepare_file(name).parent.mkdir(exist_ok=True)
         if not (stage.root / name).exists():
             os.link(before.path(name), stage.root / name)
         stage.finished.files[name] = entry
@@ -118,7 +118,7 @@ def test_a_kill_at_any_step_leaves_a_bundle_and_all_files(
             except Killed:
                 pass
         assert tool_of(bundle) in (tool, f"of kill {at - 1}", "old"), (at, reached)
-        settle(bundle)
+        finish_replacement(bundle)
         assert tool_of(bundle) in (tool, f"of kill {at - 1}", "old"), (at, reached)
         assert_theirs(bundle)
         complete(bundle, tool=tool)
@@ -139,7 +139,7 @@ def test_files_of_others_stay_and_files_of_the_old_bundle_go(bundle: Path, syste
     (bundle / MANIFEST).write_bytes(encode_manifest(replace(manifest, files={**manifest.files, stale: entry})))
     stage = open_stage(bundle, None, lambda line: None)
     for name in manifest.files:
-        os.link(bundle / name, stage.place(name))
+        os.link(bundle / name, stage.prepare_file(name))
     stage.complete(encode_manifest(manifest), bundle)
     assert tool_of(bundle) == "old" and not (bundle / stale).exists()
     assert_theirs(bundle)
@@ -153,7 +153,7 @@ def test_a_file_of_another_in_the_place_of_a_new_one_is_named(bundle: Path) -> N
     (bundle / MANIFEST).write_bytes(encode_manifest(replace(manifest, files=files)))
     content = theirs.read_bytes()
     stage = open_stage(bundle, None, lambda line: None)
-    stage.place("transformer/model-9s.onnx").write_text("new")
+    stage.prepare_file("transformer/model-9s.onnx").write_text("new")
     with pytest.raises(OutputError, match=r"transformer/model-9s\.onnx: is not of the bundle .* move it"):
         stage.complete(encode_manifest(manifest), bundle)
     assert theirs.read_bytes() == content and (stage.root / FINISHED).is_file()
@@ -164,7 +164,7 @@ def test_folders_beside_that_are_of_no_export_are_left_alone(tmp_path: Path, nam
     (tmp_path / name).mkdir()
     (tmp_path / name / "cat.jpg").write_text("a cat")
     with pytest.raises(OutputError, match=f"{name}: .* move it away"):
-        settle(tmp_path / "bundle")
+        finish_replacement(tmp_path / "bundle")
         open_stage(tmp_path / "bundle", None, lambda line: None)
     assert (tmp_path / name / "cat.jpg").read_text() == "a cat"
 
@@ -173,7 +173,7 @@ def test_only_what_an_export_wrote_is_removed_from_its_stage(tmp_path: Path) -> 
     def filled() -> Stage:
         stage = open_stage(tmp_path / "bundle", None, lambda line: None)
         for name in ("transformer/.part.model-9s.onnx", "text_encoder/model.onnx_data", "engines/a.engine"):
-            stage.place(name).write_text("of an export")
+            stage.prepare_file(name).write_text("of an export")
         for name in ("transformer/notes.txt", "cat.jpg"):
             (stage.root / name).write_text("theirs")
         return stage
@@ -201,7 +201,7 @@ def test_names_in_a_manifest_that_lead_out_remove_nothing(bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(encode_manifest(replace(manifest, files=files)))
     stage = open_stage(bundle, None, lambda line: None)
     for name in manifest.files:
-        os.link(bundle / name, stage.place(name))
+        os.link(bundle / name, stage.prepare_file(name))
     stage.complete(encode_manifest(manifest), bundle)
     assert outside.read_text() == "theirs" and (bundle / "away").is_symlink()
 

@@ -62,17 +62,17 @@ def sources(artefact: Artefact) -> set[str]:
 
 
 def test_every_module_that_is_imported_decides_or_says_why_not(artefact: Artefact) -> None:
-    reached, listed = closure(artefact.makers), sources(artefact)
-    assert reached - listed - artefact.aside.keys() == set(), "list them in export/code.py"
-    assert listed & artefact.aside.keys() == set()
-    assert all(artefact.aside.values()) and set(artefact.makers) <= listed
-    assert all((PACKAGE / name).is_file() for name in artefact.aside), "no longer there"
+    reached, listed = closure(artefact.entry_points), sources(artefact)
+    assert reached - listed - artefact.excluded.keys() == set(), "list them in export/code.py"
+    assert listed & artefact.excluded.keys() == set()
+    assert all(artefact.excluded.values()) and set(artefact.entry_points) <= listed
+    assert all((PACKAGE / name).is_file() for name in artefact.excluded), "no longer there"
     assert all(any(PACKAGE.glob(pattern)) for pattern in artefact.sources), "match nothing"
 
 
-def test_nothing_is_aside_that_is_not_imported() -> None:
-    reached = {name for artefact in ARTEFACTS.values() for name in closure(artefact.makers)}
-    assert {name for artefact in ARTEFACTS.values() for name in artefact.aside} <= reached
+def test_nothing_is_excluded_that_is_not_imported() -> None:
+    reached = {name for artefact in ARTEFACTS.values() for name in closure(artefact.entry_points)}
+    assert {name for artefact in ARTEFACTS.values() for name in artefact.excluded} <= reached
 
 
 def test_code_that_decides_changes_the_digest(artefact: Artefact, copy: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_file_decides_what_it_should(copy: Path, file: str, decides: set[str])
 )
 def test_a_tool_decides_what_it_should(monkeypatch: pytest.MonkeyPatch, tool: str, decides: set[str]) -> None:
     def all_keys() -> dict[str, dict[str, str]]:
-        keys._installed.cache_clear()
+        keys._code_and_tools.cache_clear()
         model = tiny("linear")
         return {
             "weights": weights_key(model, origin="seed 0", dtype="float32"),
@@ -144,5 +144,5 @@ def test_a_tool_decides_what_it_should(monkeypatch: pytest.MonkeyPatch, tool: st
     with monkeypatch.context() as patch:
         patch.setattr(keys, "package_version", lambda name: "0" if name == tool else real(name))
         after = all_keys()
-    keys._installed.cache_clear()
+    keys._code_and_tools.cache_clear()
     assert {name for name in before if before[name] != after[name]} == decides

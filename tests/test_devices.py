@@ -1,4 +1,4 @@
-"""What can run graphs here, and the choice of ONNX Runtime's provider."""
+"""`ttt-video devices`, and the choice of ONNX Runtime's provider."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from messages import names, refusal
 
 from ttt_video_engine.engines.devices import survey
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, check_provider
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, execution_providers
 from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import BackendError
@@ -27,6 +27,7 @@ def test_devices_as_a_table(run: Run) -> None:
     code, out, err = run("devices")
     assert (code, err) == (0, "")
     lines = out.splitlines()
+    assert lines.pop(0).split() == ["backend", "version", "usable", "reason"]
     assert [line[:22].rstrip() for line in lines[: len(NAMES)]] == NAMES
     assert lines[0].split() == ["onnxruntime", "cpu", ort.__version__, "yes"]
     assert all(line.startswith("GPU ") for line in lines[len(NAMES) :])
@@ -52,7 +53,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load_package.cache_clear()
     reasons = {backend.name: backend.reason for backend in found.backends}
     assert found.gpus == ()
-    names(found.no_gpu, "cuda-bindings", "pip install 'ttt-video-engine[tensorrt]'")
+    names(found.no_gpu, "cuda-core", "pip install 'ttt-video-engine[tensorrt]'")
     names(reasons["tensorrt"], "tensorrt", "pip install tensorrt")
     names(reasons["tensorrt_rtx"], "tensorrt_rtx", "pip install tensorrt-rtx")
     assert reasons["onnxruntime cpu"] == ""
@@ -73,9 +74,7 @@ def test_the_gpu_of_this_machine() -> None:
 @pytest.mark.parametrize(
     ("provider", "missing"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
 )
-def test_a_provider_that_is_not_there(
-    run: Run, shared_bundle: Path, tmp_path: Path, provider: str, missing: str
-) -> None:
+def test_a_missing_provider(run: Run, shared_bundle: Path, tmp_path: Path, provider: str, missing: str) -> None:
     board = tmp_path / "bear.json"
     board.write_text('[{"text": "A bear."}]')
     out = tmp_path / "out"
@@ -86,7 +85,7 @@ def test_a_provider_that_is_not_there(
 
 
 def test_the_provider_that_was_asked_for_is_the_one_that_runs(shared_bundle: Path) -> None:
-    assert check_provider("cpu") == ("CPUExecutionProvider",)
+    assert execution_providers("cpu") == ("CPUExecutionProvider",)
     with OnnxRuntimeLoader(open_bundle(shared_bundle), provider="cpu")("text_encoder") as engine:
         assert engine.providers == ["CPUExecutionProvider"]
 

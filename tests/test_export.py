@@ -35,7 +35,7 @@ from ttt_video_engine.export.build import export_bundle
 from ttt_video_engine.export.graphs.components import TransformerGraph, transformer_graph
 from ttt_video_engine.export.graphs.graph import trace
 from ttt_video_engine.export.graphs.weights import write_module
-from ttt_video_engine.export.keys import differences, stale_graphs, weights_key
+from ttt_video_engine.export.keys import key_changes, stale_graphs, weights_key
 from ttt_video_engine.export.parity import gate
 from ttt_video_engine.export.sources.source import CheckpointSource, Component, SeededSource, components_of
 from ttt_video_engine.reference.initialise import with_placeholder_weights
@@ -174,7 +174,7 @@ def test_a_seed_changes_the_weights_of_every_component(bundle: Path) -> None:
     source = SeededSource(tiny("linear"), seed=1)
     for name, other in components_of(source).items():
         key = manifest.weight_keys[f"{name}/model.onnx_data"]
-        (difference,) = differences(key, weights_key(source.model, origin=other.origin, dtype="float32"))
+        (difference,) = key_changes(key, weights_key(source.model, origin=other.origin, dtype="float32"))
         names(difference, "origin", CHANGED, "seed 0", "seed 1")
         seeded = components_of(SEEDED)[name].weights
         assert any(not torch.equal(value.read(), other.weights[weight].read()) for weight, value in seeded.items())

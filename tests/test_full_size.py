@@ -36,7 +36,7 @@ def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> N
 
     proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
     names = {tensor.name for tensor in proto.graph.initializer}
-    assert set(weights.places) <= names
+    assert set(weights.ranges) <= names
     shapes = {
         value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
         for value in (*proto.graph.value_info, *proto.graph.input)

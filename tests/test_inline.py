@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
-from ttt_video_engine.export.build import Extras, export_bundle
+from ttt_video_engine.export.build import ExportOptions, export_bundle
 from ttt_video_engine.export.graphs.components import component_graphs
 from ttt_video_engine.export.graphs.graph import Graph, read_signature, save, trace
 from ttt_video_engine.export.graphs.weights import write_module
@@ -43,7 +43,7 @@ def inlined(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = Path(shutil.copytree(shared_bundle, tmp_path_factory.mktemp("inlined") / "bundle"))
     report: list[str] = []
     source = SeededSource(tiny("linear"), 0)
-    return export_bundle(source, folder, LENGTHS, "float32", report.append, Extras(inline=True)), report
+    return export_bundle(source, folder, LENGTHS, "float32", report.append, ExportOptions(inline=True)), report
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The shape of the house: links, floors, a runtime without torch, a wheel with everything in it."""
+"""The layout of the package: links, import layers, a runtime without torch, a complete wheel."""
 
 import ast
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ttt_video_engine"
-ROOMS = ("commands", "engines", "export", "planning", "reference", "runtime")
-SOURCES = [ROOT / "cli.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+FOLDERS = ("commands", "engines", "export", "planning", "reference", "runtime")
+SOURCES = [ROOT / "cli.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
 ALL_PYTHON = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 
-# Imports every module of the rooms named on the command line, then prints what must not have come along.
+# Imports all modules of the folders named on the command line, then prints the forbidden modules that are loaded.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-for room in sys.argv[1:]:
-    package = importlib.import_module("ttt_video_engine." + room)
+for folder in sys.argv[1:]:
+    package = importlib.import_module("ttt_video_engine." + folder)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 print(*sorted({"onnx", "onnxscript", "torch", "transformers"} & set(sys.modules)))
@@ -31,7 +31,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["cli.py", *ROOMS])
+@pytest.mark.parametrize("name", ["cli.py", *FOLDERS])
 def test_the_package_links_to_the_folders_at_the_root(name: str) -> None:
     link = PACKAGE / name
     assert link.is_symlink(), f"{link} is a copy: on Windows, clone with `git config core.symlinks true`"
@@ -43,9 +43,9 @@ def test_imports_only_go_down() -> None:
     run(Path(sys.executable).with_name("lint-imports"), "--no-cache")
 
 
-@pytest.mark.parametrize("room", ["engines", "planning", "runtime"])
-def test_making_a_video_imports_no_torch(room: str) -> None:
-    assert run(sys.executable, "-c", IMPORT_ALL, room).split() == []
+@pytest.mark.parametrize("folder", ["engines", "planning", "runtime"])
+def test_making_a_video_imports_no_torch(folder: str) -> None:
+    assert run(sys.executable, "-c", IMPORT_ALL, folder).split() == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -64,7 +64,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     # From a copy: the build folder of an earlier build would bring deleted modules back.
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "cli.py", *ROOMS, PACKAGE.name):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "cli.py", *FOLDERS, PACKAGE.name):
         run("cp", "-a", ROOT / name, source)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     run(*pip, "--wheel-dir", tmp_path, source)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_video_engine.engines.tensorrt.checks import EngineMemory, weight_budget
+from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, weight_budget
 from ttt_video_engine.planning.fit import available_ram
 from ttt_video_engine.runtime.errors import BackendError
 
@@ -21,7 +21,7 @@ from ttt_video_engine.runtime.errors import BackendError
 )
 def test_streaming_is_advised_only_where_it_is_off(streamable: int | None, low_memory: bool, cures: set[str]) -> None:
     with pytest.raises(BackendError) as raised:
-        weight_budget("g", EngineMemory(10, 5, streamable), 3, low_memory=low_memory)
+        weight_budget("g", MemoryNeeds(10, 5, streamable), 3, low_memory=low_memory)
     said = str(raised.value)
     assert {cure for cure in ("--weight-streaming", "--low-memory", "larger GPU") if cure in said} == cures
 

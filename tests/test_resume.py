@@ -114,7 +114,7 @@ def test_a_stopped_export_of_other_weights_leaves_the_bundle(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    def write_and_stop(model: object, path: Path, *rest: object) -> None:
+    def write_and_stop(model: object, path: Path, *rest: object, **options: object) -> None:
         path.write_bytes(b"half a graph")
         raise KeyboardInterrupt
 

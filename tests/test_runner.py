@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.tensorrt.checks import (
-    EngineMemory,
+    MemoryNeeds,
     check_engine,
     choose_profile,
     parse_memory,
     usable_engine,
     weight_budget,
 )
-from ttt_video_engine.engines.tensorrt.deserialise import deserialised
+from ttt_video_engine.engines.tensorrt.deserialise import deserialise_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
     KERNELS,
@@ -117,13 +117,13 @@ def refused(run: Run, shared_bundle: Path, tmp_path: Path) -> Callable[..., str]
 
 @without_gpu
 def test_without_a_driver_one_line_says_so(refused: Callable[..., str]) -> None:
-    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("cuda.core")
     names(refused("--engine", "tensorrt"), "NVIDIA", "--engine onnxruntime")
 
 
-def test_without_cuda_bindings_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    names(refused("--engine", "tensorrt"), "cuda-bindings", "pip install 'ttt-video-engine[tensorrt]'")
+def test_without_cuda_core_one_line_says_so(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    names(refused("--engine", "tensorrt"), "cuda-core", "pip install 'ttt-video-engine[tensorrt]'")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_bytes_that_are_no_engine(bundle: Path, package: Any) -> None:
     """TensorRT itself refuses them, with or without a GPU."""
     engine = add_engine(bundle, package.version, content=b"no engine at all" * 100)
     with refused_with(BackendError, engine.path, "tensorrt_rtx", "IRuntime::deserializeCudaEngine", CURE):
-        deserialised(package, package.api.Runtime(package.logger), engine)
+        deserialise_engine(package, package.api.Runtime(package.logger), engine)
 
 
 # Shapes, memory, inputs
@@ -286,7 +286,7 @@ def test_shapes_that_no_profile_takes() -> None:
 def test_weights_that_stay_on_the_gpu(
     weights: int, streamable: int, activations: int, available: int, budget: int | None
 ) -> None:
-    memory = EngineMemory(weights, activations, streamable or None)
+    memory = MemoryNeeds(weights, activations, streamable or None)
     assert weight_budget("g", memory, available) == budget
 
 
@@ -302,7 +302,7 @@ def test_weights_that_stay_on_the_gpu(
 def test_too_little_memory(streamable: int, low_memory: bool, needed: int, weights: int, cures: set[str]) -> None:
     """The cure is what is not in use already."""
     with refused_with(BackendError, "g", needed, weights, 5000, 6000) as raised:
-        weight_budget("g", EngineMemory(10_000, 5000, streamable or None), 6000, low_memory=low_memory)
+        weight_budget("g", MemoryNeeds(10_000, 5000, streamable or None), 6000, low_memory=low_memory)
     assert {option for option in ("--weight-streaming", "--low-memory") if holds(str(raised.value), option)} == cures
 
 

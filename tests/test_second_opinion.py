@@ -17,7 +17,7 @@ from polygraphy.comparator import RunResults
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
-from ttt_video_engine.export.build import Extras, export_bundle
+from ttt_video_engine.export.build import ExportOptions, export_bundle
 from ttt_video_engine.export.engines import EngineRequest
 from ttt_video_engine.export.parity import second_opinion
 from ttt_video_engine.export.parity.gate import TOLERANCES
@@ -25,7 +25,7 @@ from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, Bundle, open_bundle
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import tiny
-from ttt_video_engine.runtime.runner import AnyArray, Array
+from ttt_video_engine.runtime.runner import Array, HostOrDeviceArray
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -54,7 +54,7 @@ def change_outputs(monkeypatch: pytest.MonkeyPatch, output: str, change: Callabl
     """From here on, our runner gives a changed `output` wherever a graph has it."""
     run = OnnxRuntimeRunner.run
 
-    def changed(runner: OnnxRuntimeRunner, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
+    def changed(runner: OnnxRuntimeRunner, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, Array]:
         return {name: change(value) if name == output else value for name, value in run(runner, inputs).items()}
 
     monkeypatch.setattr(OnnxRuntimeRunner, "run", changed)
@@ -129,7 +129,12 @@ def test_an_engine_for_this_gpu_is_compared_as_well(
 def test_engines_agree(bundle: Path, tmp_path: Path) -> None:
     gpu = cuda.device().gpu
     opened = export_bundle(
-        SeededSource(tiny("linear"), 0), bundle, ["3s"], "float32", lambda line: None, Extras(EngineRequest((gpu,)))
+        SeededSource(tiny("linear"), 0),
+        bundle,
+        ["3s"],
+        "float32",
+        lambda line: None,
+        ExportOptions(EngineRequest((gpu,))),
     )
     opinions = list(second_opinion.second_opinions(opened, tmp_path))
     assert [(o.graph, o.passed) for o in opinions if o.runner == "tensorrt"] == [(graph, True) for graph in GRAPHS]

@@ -118,7 +118,7 @@ def test_a_large_component_is_held_by_its_part(
 def test_a_wrong_weight_at_the_end_of_the_file_is_found(large: ModelConfig, tmp_path: Path) -> None:
     """The part reads the weights that are exported, the last layer's too."""
     gate, graph, file = exported(large, "transformer", tmp_path, torch.float32)
-    offset, length = file.places[f"transformer.layers.{LAYERS - 1}.mlp.layer2.weight"]
+    offset, length = file.ranges[f"transformer.layers.{LAYERS - 1}.mlp.layer2.weight"]
     with file.path.open("r+b") as out:
         out.seek(offset)
         out.write(torch.randn(length // 4).numpy().tobytes())

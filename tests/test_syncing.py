@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttt_video_engine.export import swap
-from ttt_video_engine.export.graphs.journal import Journal, journal_of
+from ttt_video_engine.export.graphs.journal import Journal, journal_path
 from ttt_video_engine.export.graphs.weights import lay_out, write_weights
 from ttt_video_engine.export.stage import open_stage
 from ttt_video_engine.reference.checkpoints.lazy import lazy_state
@@ -79,14 +79,14 @@ def test_a_journal_is_synced_after_the_bytes_that_it_speaks_of(tmp_path: Path, e
     path = tmp_path / "weights"
     with path.open("w+b") as out:
         out.write(b"content")
-        Journal(path, {}).note(out, 7, "")
+        Journal(path, {}).record(out, 7, "")
     assert events[0] == ("sync", path.stat().st_ino, 0)
     assert_synced(events, 1)
 
 
 def test_what_is_noted_as_finished_is_on_the_disk(tmp_path: Path, events: list[Event]) -> None:
     stage = open_stage(tmp_path / "bundle", None, lambda line: None)
-    path = stage.place("text_encoder/model.onnx_data")
+    path = stage.prepare_file("text_encoder/model.onnx_data")
     path.write_bytes(b"weights")
     events.clear()
     stage.add_weights("text_encoder/model.onnx_data", {}, FileEntry(sha256_of(path), 7))
@@ -136,4 +136,4 @@ def test_weights_that_cannot_be_synced_are_not_noted(tmp_path: Path, monkeypatch
     failing(lambda: path.stat().st_ino, monkeypatch)
     with pytest.raises(OutputError, match=r"weights: .*Input/output error"):
         write_weights(state, file, torch.float32, {})
-    assert not journal_of(path).exists()
+    assert not journal_path(path).exists()

@@ -53,7 +53,7 @@ def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> Non
     state = lazy_state(TENSORS)
     write(state, tmp_path / "weights", dtype=dtype)
     content = (tmp_path / "weights").read_bytes()
-    for name, (offset, length) in lay_out(state, tmp_path / "weights", dtype).places.items():
+    for name, (offset, length) in lay_out(state, tmp_path / "weights", dtype).ranges.items():
         assert offset % WEIGHT_ALIGNMENT == 0
         found = torch.frombuffer(bytearray(content[offset : offset + length]), dtype=dtype)
         assert torch.equal(found.view(TENSORS[name].shape), TENSORS[name].to(dtype))
@@ -61,13 +61,13 @@ def test_every_tensor_is_at_its_place(tmp_path: Path, dtype: torch.dtype) -> Non
 
 def test_names_of_one_tensor_share_a_place(tmp_path: Path) -> None:
     state = lazy_state({SHARED: TENSORS["layer.0"], "other": TENSORS["layer.1"], EMBED: TENSORS["layer.0"]})
-    places = lay_out(state, tmp_path / "weights", torch.float32).places
-    assert places[SHARED] == places[EMBED] != places["other"]
+    ranges = lay_out(state, tmp_path / "weights", torch.float32).ranges
+    assert ranges[SHARED] == ranges[EMBED] != ranges["other"]
 
 
 @pytest.mark.parametrize("stop", ["layer.1", "layer.4", "layer.7"])
 def test_a_stopped_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
-    monkeypatch.setattr(weights, "NOTE_EVERY", 1)
+    monkeypatch.setattr(weights, "JOURNAL_INTERVAL", 1)
     whole = write(lazy_state(TENSORS), tmp_path / "whole")
     before: list[str] = []
     with pytest.raises(Killed):
@@ -81,7 +81,7 @@ def test_a_stopped_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_cannot_be_vouched_for_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    monkeypatch.setattr(weights, "NOTE_EVERY", 1)
+    monkeypatch.setattr(weights, "JOURNAL_INTERVAL", 1)
     path = tmp_path / "weights"
     with pytest.raises(Killed):
         write(stopping_at("layer.4", []), path)
@@ -92,9 +92,9 @@ def test_what_cannot_be_vouched_for_is_written_anew(
     elif damage == "cut":
         path.write_bytes(content[:100])
     elif damage == "no journal":
-        journal.journal_of(path).unlink()
+        journal.journal_path(path).unlink()
     elif damage == "no json":
-        journal.journal_of(path).write_bytes(b"{")
+        journal.journal_path(path).write_bytes(b"{")
     reads: list[str] = []
     key = {"origin": "another"} if damage == "other key" else KEY
     assert write(stopping_at(None, reads), path, key) == write(lazy_state(TENSORS), tmp_path / "whole")
@@ -117,8 +117,8 @@ def test_values_that_would_be_lost_are_refused(tmp_path: Path, value: float, dty
 
 def test_a_disk_that_gives_back_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Torn(journal.Journal):
-        def note(self, out: BinaryIO, end: int, sha256: str) -> None:
-            super().note(out, end, sha256)
+        def record(self, out: BinaryIO, end: int, sha256: str) -> None:
+            super().record(out, end, sha256)
             out.seek(5000)
             out.write(b"torn")
             out.seek(end)

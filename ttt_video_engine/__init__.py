@@ -1,6 +1,6 @@
-"""ttt-video-engine: from a storyboard to a video with TTT-Video models.
+"""ttt-video-engine: renders storyboards to videos with TTT-Video models.
 
-The code lives in the folders this package links to: `runtime`, `engines`, `reference`, `export` and `cli.py`.
+The code is in `cli.py` and the folders that this package links to.
 """
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""The TTT scans as GPU kernels: written in Triton, compiled ahead of time, launched without it."""
+"""The TTT scans as GPU kernels: written in Triton, compiled ahead of time, launched without Triton."""

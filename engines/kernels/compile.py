@@ -22,19 +22,19 @@ from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write
 
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "sm_121": 99}
-"""KiB of shared memory that one block may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+"""KiB of shared memory that one block may use, by architecture (CUDA C++ Programming Guide, Compute Capabilities)."""
 
 MINI_BATCH_SIZES, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 MAX_REGISTERS = 255
-"""Per thread. Without this the assembler saves registers for a second block, for which there is no shared memory."""
+"""Per thread. Without this limit the assembler reserves registers for a second block, which has no shared memory."""
 
 KERNELS: dict[TTTKind, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
 PRECISIONS: dict[TTTKind, dict[DType, str]] = {
     "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "tf32"},
     "mlp": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
 }
-"""Precision of the factors of matrix products, by tensor dtype. Sums and the inner weights are always float32. Wider
-factors of the MLP's larger tiles would spill more registers, and exceed the shared memory of smaller chips."""
+"""Precision of the factors of matrix products, by tensor dtype. Sums and inner weights are always float32. In the
+larger tiles of the MLP, wider factors would spill more registers and exceed the shared memory of smaller GPUs."""
 
 _DTYPES: dict[DType, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SCRATCH = ("global_scratch", "profile_scratch")
@@ -42,19 +42,19 @@ _SCRATCH = ("global_scratch", "profile_scratch")
 
 
 class NoKernel(BackendError):
-    """No kernel of this size exists for this GPU; the operator's function body runs on any."""
+    """No kernel of this size exists for this GPU. The function body of the operator runs on any GPU."""
 
 
 def num_warps(op: TTTKind, head_dim: int) -> int:
-    """One per 16 rows of the inner weights: of W1 transposed for TTT-Linear, of half the hidden layer for TTT-MLP.
+    """Warps of a block: one per 16 rows of W1 transposed (TTT-Linear), or of half the hidden layer (TTT-MLP).
 
-    A tensor core works on 16 rows; more warps would repeat each other's work.
+    A tensor core processes 16 rows; more warps would repeat the same work.
     """
     return {"linear": head_dim, "mlp": 2 * head_dim}[op] // 16
 
 
 def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, folder: Path) -> Cubin:
-    """Writes a kernel and its description into `folder`, and returns the description.
+    """Compiles a kernel, writes it and its description into `folder`, and returns the description.
 
     Raises NoKernel where the size is not supported, or needs more shared memory than the GPU has.
     """
@@ -99,7 +99,7 @@ def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) ->
 def assemble(
     kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], *, gpu: str, num_warps: int, num_stages: int = 1
 ) -> Any:
-    """A Triton kernel, compiled for an architecture.
+    """Compiles a Triton kernel for an architecture.
 
     `types` are Triton's types of the launch arguments, `values` the compile-time arguments. The compiler assumes that
     pointers are aligned to 16 bytes.
@@ -132,7 +132,7 @@ def _check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> N
     if head_dim not in HEAD_DIMS:
         raise NoKernel(f"kernels take heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
     if op == "mlp" and head_dim == max(HEAD_DIMS):
-        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} exceed a multiprocessor")
+        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} exceed the registers of a multiprocessor")
 
 
 def _argument_type(name: str, dtype: DType) -> str:
@@ -147,13 +147,13 @@ def _parameters(op: TTTKind) -> list[str]:
 
 
 def _resources(code: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack per thread, from the cuobjdump that Triton contains."""
+    """Registers and bytes of stack per thread, reported by the cuobjdump in Triton's package."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(code)
-        said = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+        output = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
     if found is None:
-        raise BackendError(f"cuobjdump printed no register count: {said[:100]!r}")
+        raise BackendError(f"cuobjdump printed no register count: {output[:100]!r}")
     return int(found[1]), int(found[2])

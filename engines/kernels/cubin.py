@@ -1,4 +1,4 @@
-"""Compiled kernels (cubins), and the JSON beside each that says how to launch it."""
+"""Compiled kernels (cubins), each with a JSON file that describes how to launch it."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cubins on a GPU."""
+"""Loads cubins onto a GPU and launches them."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream, launch
 
-from ttt_video_engine.engines.cuda import reported
+from ttt_video_engine.engines.cuda import cuda_errors
 from ttt_video_engine.engines.kernels.cubin import Cubin
 from ttt_video_engine.runtime.errors import BackendError
 
 ALIGNMENT = 16
-"""Bytes: the alignment that the kernels' widest loads need of every tensor."""
+"""Bytes: the tensor alignment that the widest loads of the kernels require."""
 
 _WARP = 32
 _STATIC_LIMIT = 48 << 10
-"""Bytes of shared memory that a kernel has without asking."""
+"""Bytes of shared memory that a kernel may use without setting an attribute."""
 
 
 class LoadedKernel:
@@ -23,8 +23,8 @@ class LoadedKernel:
 
     def __init__(self, cubin: Cubin, code: bytes) -> None:
         self.cubin = cubin
-        with reported(cubin.file):
-            gpu = Device()  # first, as it raises where there is no driver
+        with cuda_errors(cubin.file):
+            gpu = Device()  # first: raises where there is no driver
             self._kernel: Kernel | None = ObjectCode.from_cubin(code, name=cubin.entry).get_kernel(cubin.entry)
             if cubin.shared_memory > _STATIC_LIMIT:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -37,15 +37,15 @@ class LoadedKernel:
                     )
 
     def launch(self, stream: int, blocks: int, pointers: Sequence[int], integers: Sequence[int]) -> None:
-        """Queues `blocks` blocks on the stream at that address. The kernel's parameters are device addresses, then
-        int32.
+        """Queues the kernel with `blocks` blocks on a stream, given by its address.
 
-        For a TTT scan: one block per batch and head; the operator's inputs and its output; heads and mini-batches.
+        The parameters are device addresses, then int32. A TTT scan has one block per batch and head; its parameters are
+        the operator's inputs and its output, then the numbers of heads and of mini-batches.
         Raises BackendError that names the missing or misaligned parameter, or the driver's error.
         """
         if self._kernel is None:
             raise BackendError(f"{self.cubin.file}: is closed")
-        scratch = (0, 0)  # for Triton's own use; these kernels use none
+        scratch = (0, 0)  # of Triton; not used by these kernels
         names = self.cubin.parameters
         if len(pointers) + len(integers) + len(scratch) != len(names):
             raise BackendError(f"{self.cubin.file}: {len(pointers)} tensors; must be {', '.join(names)}")
@@ -54,9 +54,9 @@ class LoadedKernel:
                 raise BackendError(f"{self.cubin.file}: {name} is not aligned to {ALIGNMENT} bytes")
         arguments = (*map(np.uint64, pointers), *map(np.int32, integers), *map(np.uint64, scratch))
         config = LaunchConfig(grid=blocks, block=self.cubin.num_warps * _WARP, shmem_size=self.cubin.shared_memory)
-        with reported(self.cubin.file):
+        with cuda_errors(self.cubin.file):
             launch(Stream.from_handle(stream), config, self._kernel, *arguments)
 
     def close(self) -> None:
-        """Lets cuda-core unload the kernel; it must not be running."""
+        """Unloads the kernel, which must not be running."""
         self._kernel = None

@@ -1,7 +1,7 @@
-"""Functions of both kernels: tiles, LayerNorm over a head, and the gradient of the inner loss through it.
+"""Functions that both kernels use: tiles, LayerNorm over a head, and the gradient of the inner loss.
 
-Tiles are transposed, channels by tokens: Triton splits a matrix product over the warps by rows, and there are more
-channels than tokens. Shape suffixes: C tokens of a mini-batch, F head dimension. Arithmetic is float32.
+Tiles are transposed, channels by tokens: Triton distributes the rows of a matrix product over the warps, and there are
+more channels than tokens. Shape suffixes: C tokens of a mini-batch, F head dimension. Arithmetic is float32.
 """
 
 import triton
@@ -47,7 +47,7 @@ def normalise(z_FC, F: tl.constexpr):
 
 @triton.jit
 def loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F: tl.constexpr):
-    """∂/∂z of ½‖LN(z) − target‖², each token's times its learning rate."""
+    """∂/∂z of ½‖LN(z) − target‖², multiplied for each token by its learning rate."""
     normalised_FC, inverse_std_C = normalise(z_FC, F)
     grad_FC = (gamma_F[:, None] * normalised_FC + beta_F[:, None] - target_FC) * gamma_F[:, None]
     mean_C = tl.sum(grad_FC, axis=0) / F

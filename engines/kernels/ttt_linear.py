@@ -36,7 +36,7 @@ def ttt_linear(
     W_FF = load_transposed(W1, head * F, F, F)
     b_F = tl.load(b1 + head * F + channels).to(tl.float32)
 
-    token = program.to(tl.int64) * num_mini_batches * C  # a clip of all heads has more than 2^31 elements
+    token = program.to(tl.int64) * num_mini_batches * C  # all heads of a clip have more than 2^31 elements
     for _ in range(num_mini_batches):
         k_FC = load_transposed(XK, token, C, F)
         q_FC = load_transposed(XQ, token, C, F)
@@ -46,8 +46,8 @@ def ttt_linear(
         z_FC = product(W_FF, k_FC, PRECISION) + b_F[:, None]
         step_FC = loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F)
 
-        # Queries read with the new weights, W − step·kᵀ and b − Σ step, written as W·q + b − step·(kᵀ·q + 1): only the
-        # last product waits for the step, and the next mini-batch waits for none of it.
+        # Queries use the new weights, W − step·kᵀ and b − Σ step, written as W·q + b − step·(kᵀ·q + 1). So only the
+        # last product depends on the step, and the next mini-batch depends on none of it.
         attention_CC = product(tl.trans(k_FC), q_FC, PRECISION) + 1.0
         read_FC = product(W_FF, q_FC, PRECISION) + b_F[:, None] - product(step_FC, attention_CC, PRECISION)
 

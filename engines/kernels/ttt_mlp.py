@@ -1,13 +1,13 @@
 """TTT-MLP as a Triton kernel: the scan of `reference/ttt.py`, one program per batch and head.
 
-The inner weights are 8·F² float32 values, 128 KiB at F = 64. They stay in registers, half of a multiprocessor's. To
-save the rest, the kernel processes the hidden layer of 4F channels in two halves, and computes its activations again
-in the backward pass instead of storing them.
+The inner weights are 8·F² float32 values, 128 KiB at F = 64. They stay in registers, and occupy half of a
+multiprocessor's. To save registers, the kernel processes the hidden layer of 4F channels in two halves, and recomputes
+its activations in the backward pass instead of storing them.
 
 Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F half of the hidden layer. Tensors are contiguous, in
 the shapes of `ai.ttt::TTTMLP`: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
-[H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `tiles.py`; W2 is not, as
-its rows already are the hidden channels that a product is split by over the warps.
+[H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `tiles.py`, except
+for W2: its rows already are the hidden channels that are distributed over the warps.
 """
 
 import triton
@@ -48,14 +48,14 @@ def hidden_of(x_FC, W1_KF, b1_K, PRECISION: tl.constexpr):
 
 @triton.jit
 def read_half(x_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
-    """One half's part of the inner model's output, [F, C]."""
+    """The contribution of one half to the output of the inner model, [F, C]."""
     _, hidden_KC, _ = hidden_of(x_FC, W1_KF, b1_K, PRECISION)
     return product(tl.trans(W2_KF), hidden_KC, PRECISION)
 
 
 @triton.jit
 def update_half(k_FC, step_FC, W1_KF, b1_K, W2_KF, PRECISION: tl.constexpr):
-    """One half's weights after one step. The gradient passes through W2 before its update."""
+    """The weights of one half after one step. The gradient uses W2 before its update."""
     z1_KC, hidden_KC, cdf_KC = hidden_of(k_FC, W1_KF, b1_K, PRECISION)
     slope_KC = cdf_KC + hidden_KC * (1 - cdf_KC) * (1.59576912 + 0.2140644488 * z1_KC * z1_KC)
     step1_KC = product(W2_KF, step_FC, PRECISION) * slope_KC
@@ -92,7 +92,7 @@ def ttt_mlp(
     W1_1, b1_1, W2_1 = load_half(W1, b1, W2, head, 1, F)
     b2_F = tl.load(b2 + head * F + channels).to(tl.float32)
 
-    token = program.to(tl.int64) * num_mini_batches * C  # a clip of all heads has more than 2^31 elements
+    token = program.to(tl.int64) * num_mini_batches * C  # all heads of a clip have more than 2^31 elements
     for _ in range(num_mini_batches):
         k_FC = load_transposed(XK, token, C, F)
         z_FC = b2_F[:, None] + read_half(k_FC, W1_0, b1_0, W2_0, PRECISION)

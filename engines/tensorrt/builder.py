@@ -43,8 +43,8 @@ class Scans:
 class BuildRequest:
     """One engine to build.
 
-    `profiles` have the shapes of the inputs with free axes. The graph must have exactly `inputs` and `outputs`. `key`
-    goes into the engine's JSON, cubins go into the folder `kernels`. `weights` is in bytes.
+    `profiles` have the shapes of the inputs with dynamic axes. The graph must have exactly `inputs` and `outputs`.
+    `key` is copied into the engine's JSON, cubins are written into the folder `kernels`. `weights` is in bytes.
     """
 
     graph: str
@@ -64,8 +64,8 @@ class BuildRequest:
 def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> EngineFile:
     """Writes an engine and its JSON into `folder`, and the cubins that its plugins launch.
 
-    Where the GPU cannot run a kernel, TTT nodes run as their function body and the JSON says why. Raises BackendError
-    where TensorRT fails, or where the number of plugin layers is not the number of TTT nodes.
+    Where no kernel exists for the GPU, the TTT nodes are built from their function body, and the JSON gives the reason.
+    Raises BackendError where TensorRT fails, or where the number of plugin layers differs from that of TTT nodes.
     """
     package = load_package(package_for(request.gpu))
     start = perf_counter()
@@ -105,7 +105,7 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
 
 
 def _kernel(request: BuildRequest) -> tuple[str | None, str]:
-    """Name of the compiled cubin for the TTT nodes and ""; or None and the reason why their function bodies run.
+    """Name of the cubin that it compiles for the TTT nodes, and "". Or None, and why the function bodies are used.
 
     The reason is empty where the graph has no TTT nodes.
     """
@@ -159,9 +159,9 @@ def _check_signature(package: TensorRT, network: Any, request: BuildRequest) -> 
 
 
 def _plugins(package: TensorRT, network: Any, request: BuildRequest, cubin: str | None) -> dict[str, str]:
-    """Name of each plugin layer → name of its cubin. Raises BackendError where their number is not the expected one.
+    """Name of each plugin layer → name of its cubin. Raises BackendError for an unexpected number of layers.
 
-    The parser takes a node's function body without a warning, hence the count.
+    The parser silently falls back to the function body of a node, so the layers are counted.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     names = [layer.name for layer in layers if layer.type == package.api.LayerType.PLUGIN_V3]
@@ -184,15 +184,15 @@ def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Pr
         config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
     for shapes in request.profiles:
         profile = builder.create_optimization_profile()
-        for name, allowed in shapes.items():
-            profile.set_shape(name, allowed.min, allowed.opt, allowed.max)
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape.min, shape.opt, shape.max)
         config.add_optimization_profile(profile)
     config.progress_monitor = _monitor(api, progress)
     return config
 
 
 def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, target: Path, request: BuildRequest) -> None:
-    """Builds directly into the file, which needs a third less memory than bytes in RAM."""
+    """Serialises directly into a file, which needs a third less memory than a buffer in RAM."""
     with _writer(package.api, target) as (writer, failures):
         done = builder.build_serialized_network_to_stream(network, config, writer)
     if failures:
@@ -215,7 +215,7 @@ def _writer(api: Any, target: Path) -> Iterator[tuple[Any, list[OSError]]]:
             def write(self, data: bytes) -> int:
                 try:
                     return file.write(data)
-                except OSError as error:  # TensorRT would drop it
+                except OSError as error:  # TensorRT would discard it
                     failures.append(error)
                     return 0
 
@@ -224,7 +224,7 @@ def _writer(api: Any, target: Path) -> Iterator[tuple[Any, list[OSError]]]:
 
 def _monitor(api: Any, progress: Progress) -> Any:
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]  # the base has no types
-        """Reports the outermost phases; nested ones are too short to read."""
+        """Reports only the outermost phases; nested phases are too short to read."""
 
         def __init__(self) -> None:
             api.IProgressMonitor.__init__(self)

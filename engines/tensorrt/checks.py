@@ -1,4 +1,4 @@
-"""Checks an engine before it is loaded, without a GPU: its JSON, the bundle, the installed package, the memory."""
+"""Checks an engine before it is loaded, without a GPU: its JSON, bundle, package and memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, ConfigEr
 
 
 def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, TensorRT]:
-    """The engine of a graph for a GPU such as "sm_89", with its file verified, and the package that runs it.
+    """The verified engine of a graph for a GPU such as "sm_89", and the package that runs it.
 
-    A bundle has several after an update of the package: the first that passes all checks is returned. Raises
-    BackendError with the reason why none does: not built, package missing or of another version, of an earlier export,
-    damaged.
+    After an update of the package a bundle may have several engines: the first that passes all checks is returned.
+    Raises BackendError with the reason where none passes: not built, package missing or of another version, from an
+    earlier export, or damaged.
     """
     first = find_engine(bundle.root, graph, gpu)
     fault: BackendError | None = None
@@ -28,39 +28,39 @@ def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, Ten
             return engine, package
         except BackendError as error:
             fault = fault or error
-    raise fault or BackendError(f"{first.path}: was removed meanwhile; {export_for_gpu(gpu)}")
+    raise fault or BackendError(f"{first.path}: has been removed; {export_for_gpu(gpu)}")
 
 
 def check_engine(engine: EngineFile, bundle: Bundle, version: str) -> None:
-    """Raises BackendError unless an engine matches the package's `version` and the bundle, and has its kernels."""
+    """Raises BackendError unless an engine matches the package `version` and the bundle, and its kernels exist."""
     entry, manifest = engine.entry, bundle.manifest
     graph = bundle.graph(entry.graph)
     again = export_for_gpu(entry.gpu)
     if entry.package_version != version:
         wheel = entry.package.replace("_", "-")
         raise BackendError(
-            f"{engine.path}: was built with {entry.package} {entry.package_version}, installed is {version}; {again} "
-            f"(or pip install {wheel}=={entry.package_version})"
+            f"{engine.path}: was built with {entry.package} {entry.package_version}; version {version} is installed; "
+            f"{again} (or pip install {wheel}=={entry.package_version})"
         )
-    here = {
+    bundled = {
         "graph": manifest.files[graph.file].sha256,
         "weights": manifest.files[graph.weights].sha256,
         "precision": manifest.dtype,
     }
-    there = {"precision": entry.dtype, **entry.key}
-    for part, value in here.items():
-        if there.get(part) != value:
+    built_from = {"precision": entry.dtype, **entry.key}
+    for part, value in bundled.items():
+        if built_from.get(part) != value:
             raise BackendError(f"{engine.path}: is from another export ({part} differs); {again}")
     for cubin in sorted(set(entry.plugins.values())):
         if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
             raise BackendError(f"{engine.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
-    for side, promised, found in (
+    for side, expected, found in (
         ("has inputs", graph.inputs, entry.inputs),
         ("has outputs", graph.outputs, entry.outputs),
     ):
-        if set(promised) != set(found):
-            wanted, has = (", ".join(map(str, sorted(specs, key=str))) for specs in (promised, found))
-            raise BackendError(f"{engine.path}: {side} {has}; the bundle lists {wanted}; {again}")
+        if set(expected) != set(found):
+            listed, has = (", ".join(map(str, sorted(specs, key=str))) for specs in (expected, found))
+            raise BackendError(f"{engine.path}: {side} {has}; the bundle lists {listed}; {again}")
 
 
 def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int:
@@ -85,11 +85,10 @@ def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[st
 
 
 @dataclass(frozen=True)
-class EngineMemory:
-    """GPU memory that an engine takes, in bytes.
+class MemoryNeeds:
+    """GPU memory that an engine needs, in bytes.
 
-    `streamable` is the part of `weights` that may stay on the host; None where the engine was built without weight
-    streaming.
+    `streamable` is the part of `weights` that may stay in host memory; None for an engine without weight streaming.
     """
 
     weights: int
@@ -97,10 +96,10 @@ class EngineMemory:
     streamable: int | None = None
 
 
-def weight_budget(graph: str, memory: EngineMemory, available: int, *, low_memory: bool = False) -> int | None:
-    """Bytes of the streamable weights that stay on the GPU; None where all do.
+def weight_budget(graph: str, memory: MemoryNeeds, available: int, *, low_memory: bool = False) -> int | None:
+    """Bytes of the streamable weights to keep on the GPU; None where all weights fit.
 
-    Raises BackendError where the rest does not fit into the `available` bytes.
+    Raises BackendError where the engine does not fit in `available` bytes even with weights streamed.
     """
     if memory.weights + memory.activations <= available:
         return None
@@ -115,7 +114,7 @@ def weight_budget(graph: str, memory: EngineMemory, available: int, *, low_memor
     raise BackendError(
         f"{graph}: needs {fixed + memory.activations:,} bytes of GPU memory{streamed} ({fixed:,} for weights, "
         f"{memory.activations:,} for activations), {available:,} are available; "
-        f"{', or '.join(cures) or 'take a larger GPU'}"
+        f"{', or '.join(cures) or 'use a larger GPU'}"
     )
 
 

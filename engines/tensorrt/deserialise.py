@@ -1,4 +1,4 @@
-"""Loads an engine file onto the GPU."""
+"""Deserialises an engine file on the GPU."""
 
 from typing import Any
 
@@ -9,28 +9,25 @@ from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
 
-def deserialised(package: TensorRT, runtime: Any, built: EngineFile) -> Any:
-    """TensorRT's engine. Raises BackendError with TensorRT's reason where the file is damaged or for another GPU."""
+def deserialise_engine(package: TensorRT, runtime: Any, engine_file: EngineFile) -> Any:
+    """TensorRT's engine object. Raises BackendError with TensorRT's reason for a damaged file or another GPU."""
+    cure = export_for_gpu(engine_file.entry.gpu)
     package.errors.clear()
-    content = np.memmap(built.path, np.uint8, mode="r")  # an engine may be as large as the RAM
+    content = np.memmap(engine_file.path, np.uint8, mode="r")  # an engine may exceed the RAM
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise BackendError(
-            f"{built.path}: {package.name} cannot load it ({package.take_errors()}); {export_for_gpu(built.entry.gpu)}"
-        )
+        raise BackendError(f"{engine_file.path}: {package.name} cannot load it ({package.take_errors()}); {cure}")
     return engine
 
 
-def check_tensors(package: TensorRT, engine: Any, built: EngineFile) -> None:
+def check_tensors(package: TensorRT, engine: Any, engine_file: EngineFile) -> None:
     """Raises BackendError unless the engine has exactly the inputs and outputs that its JSON lists."""
-    dtypes = package.dtypes
+    dtypes, cure = package.dtypes, export_for_gpu(engine_file.entry.gpu)
     names = {engine.get_tensor_name(number) for number in range(engine.num_io_tensors)}
-    specs = (*built.entry.inputs, *built.entry.outputs)
+    specs = (*engine_file.entry.inputs, *engine_file.entry.outputs)
     for spec in specs:
         if spec.name not in names or engine.get_tensor_dtype(spec.name) != dtypes[spec.dtype]:
-            raise BackendError(f"{built.path}: has no {spec}, which its JSON lists; {export_for_gpu(built.entry.gpu)}")
+            raise BackendError(f"{engine_file.path}: has no {spec}, which its JSON lists; {cure}")
     extra = sorted(names - {spec.name for spec in specs})
     if extra:
-        raise BackendError(
-            f"{built.path}: has {', '.join(extra)}, which its JSON does not list; {export_for_gpu(built.entry.gpu)}"
-        )
+        raise BackendError(f"{engine_file.path}: has {', '.join(extra)}, which its JSON does not list; {cure}")

@@ -1,7 +1,7 @@
 """Engine files of a bundle, and the JSON that describes each.
 
-TensorRT deserialises an engine only on a GPU, and trusts its content. The JSON makes the checks possible that come
-before.
+TensorRT deserialises an engine only on a GPU, and does not validate its content. The JSON makes it possible to check
+an engine before it is deserialised.
 """
 
 from contextlib import suppress
@@ -37,7 +37,7 @@ class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Profile = dict[str, ShapeRange]
-"""The shape range of each input that has free axes, by name."""
+"""The shape range of each input with dynamic axes, by name."""
 
 
 class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,7 +54,7 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     `plugins` maps the name of each plugin layer to that of its cubin. `fallback` says why TTT layers run as standard
     operators; it is empty where none do. `size` and `weights` (the weights that the engine contains) are in bytes,
-    `seconds` is the build time, `key` is what the engine was built from.
+    `seconds` is the build time, `key` lists what the engine was built from.
     """
 
     format_version: int = FORMAT_VERSION
@@ -92,7 +92,7 @@ class EngineFile:
 
 
 def engine_name(graph: str, dtype: DType, package: PackageName, version: str, gpu: str) -> str:
-    """File name of an engine: all that must match for it to run."""
+    """File name of an engine: all properties that must match for it to run."""
     return f"{graph}.{dtype}.{package}-{version}.{gpu}{SUFFIX}"
 
 
@@ -102,7 +102,7 @@ def entry_path(engine: Path) -> Path:
 
 
 def list_engines(bundle: Path) -> list[EngineFile]:
-    """All engines of a bundle, in order of name. Raises BackendError with the path of a JSON that cannot be read."""
+    """All engines of a bundle, sorted by name. Raises BackendError with the path of a JSON that cannot be read."""
     return [_read(path) for path in _entry_paths(bundle)]
 
 
@@ -136,7 +136,7 @@ def _read(path: Path) -> EngineFile:
         raise BackendError(f"{path}: {error}; {EXPORT_AGAIN} with --engine tensorrt") from error
     if entry.format_version > FORMAT_VERSION:
         raise BackendError(
-            f"{path}: format_version is {entry.format_version}, this program reads up to {FORMAT_VERSION}; "
+            f"{path}: format_version is {entry.format_version}; this program reads versions up to {FORMAT_VERSION}; "
             f"update ttt-video-engine or {EXPORT_AGAIN}"
         )
     return EngineFile(path.with_name(path.name.removesuffix(".json")), entry)

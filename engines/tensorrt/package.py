@@ -1,4 +1,4 @@
-"""Imports TensorRT: the package `tensorrt` for data centre GPUs or `tensorrt_rtx` for RTX GPUs. Both have one API.
+"""Imports TensorRT: the package `tensorrt` for data centre GPUs or `tensorrt_rtx` for RTX GPUs, with the same API.
 
 A GPU needs only one of them, so each is imported when it is first used. Neither has type hints.
 """
@@ -20,8 +20,8 @@ from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 
 RTX_GPUS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""The architectures that TensorRT-RTX builds for. It also supports sm_75, but without the float32 matrix products that
-the TTT layers need."""
+"""The architectures that TensorRT-RTX builds for. It also supports sm_75, but not the float32 matrix products that the
+TTT layers need there."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,13 @@ def _give_library_its_plain_name() -> None:
     """
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
-        return  # not from a wheel: a system package installs all names
+        return  # not from a wheel; a system package has all names
     (libraries, *_) = spec.submodule_search_locations
     folder = Path(tempfile.mkdtemp(prefix="tensorrt-rtx-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for library in sorted(Path(libraries).glob("lib*.so.*"), reverse=True):  # the core, which the parser needs, first
+    for library in sorted(
+        Path(libraries).glob("lib*.so.*"), reverse=True
+    ):  # reversed: the core before the parser, which needs it
         (folder / library.name).symlink_to(library)
         (folder / (library.name.partition(".so.")[0] + ".so")).symlink_to(library)
         ctypes.CDLL(str(folder / library.name))

@@ -1,7 +1,7 @@
 """The TTT operators as TensorRT plugins that launch our cubins.
 
-TensorRT's parser turns an `ai.ttt` node into a plugin if the creator of that plugin is registered, else into the node's
-function body. This module has the plugin's shapes, its dtypes and the launch; `engines/kernels` has the computation.
+TensorRT's parser replaces an `ai.ttt` node by a plugin if its creator is registered, else by the node's function body.
+This module defines the shapes, dtypes and launch of the plugins; `engines/kernels` has the computation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,10 +60,11 @@ def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> No
     }
     norm = (heads, head_dim)
     expected = [clip, clip, clip, clip[:4], norm, norm, *weights[op]]
-    for name, shape, wanted in zip(names, shapes, expected, strict=True):
-        fits = len(shape) == len(wanted) and all(a == b or min(a, b) < 0 for a, b in zip(shape, wanted, strict=True))
+    for name, shape, required in zip(names, shapes, expected, strict=True):
+        same_sizes = (a == b or min(a, b) < 0 for a, b in zip(shape, required, strict=False))
+        fits = len(shape) == len(required) and all(same_sizes)
         if not fits:
-            raise BackendError(f"{where}: {name} is {list(shape)}; must be {list(wanted)}")
+            raise BackendError(f"{where}: {name} is {list(shape)}; must be {list(required)}")
 
 
 class _Kernels:
@@ -131,10 +132,10 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
 
         def supports_format_combination(self, position: int, tensors: list[Any], num_inputs: int) -> bool:
             tensor = tensors[position].desc
-            wanted = api.DataType.FLOAT if position == _ETA else tensors[0].desc.type
+            required = api.DataType.FLOAT if position == _ETA else tensors[0].desc.type
             return bool(
                 tensor.format == api.TensorFormat.LINEAR
-                and tensor.type == wanted
+                and tensor.type == required
                 and tensors[0].desc.type in activations
             )
 
@@ -145,12 +146,11 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
             check_shapes(op, self.layer, [tuple(tensor.dims) for tensor in inputs])
 
         def set_tactic(self, tactic: int) -> None:
-            """Nothing to choose from. Without this method TensorRT reads a status of −1, which is an error."""
+            """There is only one tactic. Without this method TensorRT reads a status of −1, which is an error."""
 
         def get_fields_to_serialize(self) -> Any:
-            return api.PluginFieldCollection(
-                []
-            )  # a plugin reads its sizes from the shapes and its cubin from the bundle
+            # None: sizes follow from the shapes, and the cubin is in the bundle.
+            return api.PluginFieldCollection([])
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()

@@ -1,4 +1,4 @@
-"""Runs engines. A runner owns all GPU memory that it allocates, except for the caches that it returns."""
+"""Runs TensorRT engines. A runner owns the GPU memory that it allocates, except for the caches that it returns."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -10,35 +10,35 @@ from typing import Any, Self
 import numpy as np
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.tensorrt.checks import EngineMemory, choose_profile, usable_engine, weight_budget
-from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialised
+from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, choose_profile, usable_engine, weight_budget
+from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialise_engine
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Shape
 from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT, Bundle
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
-from ttt_video_engine.runtime.runner import AnyArray, TensorSpec, check_inputs
+from ttt_video_engine.runtime.runner import HostOrDeviceArray, TensorSpec, check_inputs
 
 REPEATED_PREFIX = "transformer-"
-"""Graphs that run many times with one set of shapes are recorded as CUDA graphs."""
+"""Prefix of the graphs that run many times with the same shapes: their runs are captured as CUDA graphs."""
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """GPU memory that an engine may use: `limit` in bytes, None for all that is free."""
+    """GPU memory that an engine may use: `limit` in bytes, None for all free memory."""
 
     limit: int | None = None
     low_memory: bool = False
 
     def available(self, taken: int = 0) -> int:
-        """Bytes that an engine may still allocate after it has `taken` some."""
+        """Bytes that an engine may still allocate after it has allocated `taken` bytes."""
         free = cuda.free_memory()
         return free if self.limit is None else min(free, self.limit - taken)
 
 
 class TensorRTLoader:
-    """Loads graphs of a bundle on the GPU of this machine. `gpu_memory` is the most that an engine may use, in bytes.
+    """Loads the engines of a bundle. `gpu_memory` is the maximum that an engine may use, in bytes; None for all.
 
-    `low_memory` turns CUDA graphs off, which need memory of their own. Raises BackendError where the driver or the GPU
+    `low_memory` turns CUDA graphs off, which need additional memory. Raises BackendError where the driver or the GPU
     is missing.
     """
 
@@ -75,13 +75,14 @@ class TensorRTLoader:
 
 
 class TensorRTRunner:
-    """One loaded engine. It has a buffer for each input and output, which grows with the shape.
+    """One loaded engine, with a device buffer for each input and output. Buffers grow with the shapes.
 
-    Caches have none: each is returned as a `DeviceArray`, and read from where it is.
+    Caches have no buffers: each is returned as a `DeviceArray`, and read in place as an input.
     """
 
-    def __init__(self, bundle: Bundle, built: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
-        self._name, self._entry, self._package, self._memory = built.entry.graph, built.entry, package, memory
+    def __init__(self, bundle: Bundle, engine_file: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
+        self._name, self._entry = engine_file.entry.graph, engine_file.entry
+        self._package, self._memory = package, memory
         self._use_graph = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
         self._shapes: dict[str, Shape] | None = None
         self._graph: cuda.Graph | None = None
@@ -92,18 +93,18 @@ class TensorRTRunner:
         self._context: Any = None
         self._weights = 0
         with ExitStack() as stack:
-            if built.entry.plugins:
+            if engine_file.entry.plugins:
                 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
 
-                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), built.entry.gpu))
+                stack.enter_context(registered_plugins(package, bundle.path(KERNELS), engine_file.entry.gpu))
             self._stream = cuda.Stream()
             stack.callback(self._stream.close)
             stack.callback(self._free_buffers)
             stack.callback(self._unload)
-            self._load(built)
+            self._load(engine_file)
             self._open: ExitStack | None = stack.pop_all()
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, HostOrDeviceArray]:
         """As `Runner.run`. bfloat16 arrays are uint16. Caches are returned as `DeviceArray`; as inputs they may also be
         NumPy arrays. Also raises BackendError where the GPU's memory is too small or CUDA fails."""
         if self._open is None:
@@ -119,7 +120,7 @@ class TensorRTRunner:
             if isinstance(array, np.ndarray):
                 self._buffers[name].copy_to(array, self._stream)
         self._stream.synchronize(self._name)
-        del sources  # until here the queued copies read from them
+        del sources  # the queued copies read from them until here
         return outputs
 
     def __enter__(self) -> Self:
@@ -132,46 +133,48 @@ class TensorRTRunner:
         if opened is not None:
             opened.close()
 
-    def _load(self, built: EngineFile) -> None:
+    def _load(self, engine_file: EngineFile) -> None:
         available = self._memory.available()
         self._weights = self._entry.weights
         streaming = self._entry.settings.weight_streaming
         if not streaming:
-            self._budget(EngineMemory(self._weights, 0), available)
+            self._budget(MemoryNeeds(self._weights, 0), available)
         self._runtime = self._package.api.Runtime(self._package.logger)
-        self._engine = deserialised(self._package, self._runtime, built)
-        check_tensors(self._package, self._engine, built)
+        self._engine = deserialise_engine(self._package, self._runtime, engine_file)
+        check_tensors(self._package, self._engine, engine_file)
         if streaming:
-            # Before the context, which fixes the budget. With 0 the size below is that of a streaming engine.
+            # Before the context, which fixes the budget. With 0, the sizes below are those of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
             streamable = int(self._engine.streamable_weights_size)
             activations = int(self._engine.device_memory_size_v2)
             weights = max(self._weights, streamable)
-            budget = self._budget(EngineMemory(weights, activations, streamable), available)
+            budget = self._budget(MemoryNeeds(weights, activations, streamable), available)
             kept = streamable if budget is None else budget
             self._engine.weight_streaming_budget_v2 = kept
             self._weights = weights - (streamable - kept)
         self._context = self._engine.create_execution_context(self._context_options())
         if self._context is None:
-            raise BackendError(f"{built.path}: {self._package.name} cannot run it ({self._package.take_errors()})")
+            raise BackendError(
+                f"{engine_file.path}: {self._package.name} cannot run it ({self._package.take_errors()})"
+            )
 
-    def _budget(self, memory: EngineMemory, available: int) -> int | None:
+    def _budget(self, memory: MemoryNeeds, available: int) -> int | None:
         return weight_budget(self._name, memory, available, low_memory=self._memory.low_memory)
 
     def _context_options(self) -> Any:
-        """The runner allocates scratch memory, as much as the actual shapes need."""
+        """The runner allocates the scratch memory: as much as the actual shapes need."""
         api = self._package.api
         user_managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._package.name != "tensorrt_rtx":
             return user_managed
         options = self._engine.create_runtime_config()
         options.set_execution_context_allocation_strategy(user_managed)
-        # Compiles the kernels for the shapes before the first run: a recorded kernel cannot be replaced later.
+        # Compiles kernels for the shapes before the first run: a captured kernel cannot be replaced later.
         options.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         return options
 
     def _prepare(self, shapes: dict[str, Shape]) -> None:
-        """Sets the context to these shapes, and drops the CUDA graph of other shapes."""
+        """Sets the shapes of the context, and drops the CUDA graph of the previous shapes."""
         self._shapes = None
         self._drop_graph()
         profile = choose_profile(self._name, self._entry.profiles, shapes)
@@ -194,7 +197,7 @@ class TensorRTRunner:
                 self._scratch.close()
                 self._scratch = None
             streamable = 0 if self._entry.settings.weight_streaming else None
-            self._budget(EngineMemory(0, size, streamable), self._memory.available(self._weights))
+            self._budget(MemoryNeeds(0, size, streamable), self._memory.available(self._weights))
             self._scratch = cuda.DeviceBuffer(size, self._stream)
         self._context.set_device_memory(self._scratch.pointer, self._scratch.num_bytes)
 
@@ -211,23 +214,23 @@ class TensorRTRunner:
         shape = tuple(self._context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
             raise BackendError(
-                f"{self._name}: {name} has a shape that is unknown from the inputs; {export_for_gpu(self._entry.gpu)}"
+                f"{self._name}: {name} has no shape that follows from the inputs; {export_for_gpu(self._entry.gpu)}"
             )
         return shape
 
-    def _feed(self, name: str, array: AnyArray) -> AnyArray:
-        """Copies an input to the GPU; the array that must live until the copy is done."""
+    def _feed(self, name: str, array: HostOrDeviceArray) -> HostOrDeviceArray:
+        """Queues the copy of an input to the GPU. Returns the array, which must live until the copy is complete."""
         if name.startswith((CACHE_IN, CACHE_OUT)):
             if not isinstance(array, cuda.DeviceArray):
                 array = cuda.to_device(array, self._stream)
             self._set_address(name, array.buffer)
             return array
-        host = cuda.on_host(array)
+        host = cuda.to_host(array)
         self._buffers[name].copy_from(host, self._stream)
         return host
 
-    def _allocate_output(self, spec: TensorSpec) -> AnyArray:
-        """An array for an output: on the host, or for a cache on the GPU."""
+    def _allocate_output(self, spec: TensorSpec) -> HostOrDeviceArray:
+        """An array for an output: on the GPU for a cache, else on the host."""
         shape = self._shape(spec.name)
         if not spec.name.startswith((CACHE_IN, CACHE_OUT)):
             return np.empty(shape, spec.array_dtype)
@@ -236,17 +239,17 @@ class TensorRTRunner:
         return array
 
     def _execute(self) -> None:
-        """Queues one run. The first run loads and compiles what it needs; later runs launch the CUDA graph."""
+        """Queues one run. The first run loads and compiles kernels; later runs launch the CUDA graph."""
         if self._graph is not None:
             self._graph.launch(self._stream)
             return
         self._enqueue()
         if self._use_graph:
             self._stream.synchronize(self._name)
-            self._record()
+            self._capture()
 
-    def _record(self) -> None:
-        """Records a CUDA graph; where that fails, later runs are queued one by one, which is slower."""
+    def _capture(self) -> None:
+        """Captures a CUDA graph. Where that fails, later runs are queued kernel by kernel, which is slower."""
         capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX only
         try:
             if capturable is None or capturable(self._stream.handle):
@@ -272,7 +275,7 @@ class TensorRTRunner:
             self._graph = None
 
     def _unload(self) -> None:
-        """Releases the TensorRT objects; each needs the one after it."""
+        """Releases the TensorRT objects, each before the one that it needs."""
         with contextlib.suppress(BackendError):
             self._stream.synchronize(self._name)
         self._drop_graph()

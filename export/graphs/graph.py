@@ -1,4 +1,4 @@
-"""From a module to an ONNX graph with stable weight names."""
+"""Exports a PyTorch module to an ONNX graph in which weights keep their names."""
 
 import logging
 import warnings
@@ -24,10 +24,10 @@ from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.ttt_op import DOMAIN
 
 OPSET = 20
-"""Opset 20 is the first with the tanh form of Gelu, and is read by every TensorRT since 10.0."""
+"""Opset 20 is the first with Gelu in tanh form. TensorRT 10.0 and later support it."""
 
 FOLD_LIMIT = 1024
-"""Bytes. Shapes and axes are folded into the graph; tables that grow with the clip are left for the runtime to fold."""
+"""Bytes. Larger constants, such as tables that grow with the clip, are left for the runtime to fold."""
 
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
@@ -43,7 +43,10 @@ _DTYPES: dict[int, TensorDType] = {
 
 @dataclass(frozen=True)
 class Input:
-    """An input as an example, whose values do not matter if it is floating-point, and the names of its free axes."""
+    """An input of a graph: an example tensor, and the names of its dynamic axes by index.
+
+    The values of a floating-point example do not matter.
+    """
 
     name: str
     example: Tensor
@@ -52,12 +55,12 @@ class Input:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph to be exported: a module with named inputs and outputs.
+    """A graph to export: a module with named inputs and outputs.
 
     Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
-    of its TTT nodes, None without any. `length` is the clip length that the graph is for, `layers` the name of the
-    module's list of identical layers, empty without one. With `inline`, TTT nodes
-    are written as standard operators.
+    of its TTT nodes, None if it has none. `length` is the clip length of the graph, "any" if all lengths share it.
+    `layers` is the attribute that holds the module's list of identical layers, empty if it has none. With `inline`,
+    TTT nodes are written as standard operators.
     """
 
     name: str
@@ -72,33 +75,34 @@ class Graph:
 
     @property
     def component(self) -> str:
-        """The folder in a bundle of all graphs that share one module."""
+        """The component's folder in a bundle. All graphs of one module share it."""
         return self.file.partition("/")[0]
 
 
 def trace(graph: Graph) -> ir.Model:
-    """A graph of standard operators and TTT nodes; weights keep their names in the module.
+    """Traces a graph to standard operators and TTT nodes. Weights have the names that they have in the module.
 
-    Those of layers that were not traced but repeated (`repeat.py`) are without their values.
+    Identical layers are traced once and repeated (`repeat.py`); the weights of the repeated layers have no values.
+    Raises RuntimeError if the exporter returns no program.
     """
     with first_layers_only(graph.module, graph.layers) as num_layers:
-        model = _traced(graph)
+        model = _export_module(graph)
     if num_layers > TRACED:
         repeat_last_layer(model, f"{graph.layers}.", num_layers)
         passes.NameFixPass()(model)
     _name_scans(model)
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # the exporter's notes: source lines and paths of the machine it ran on
+        node.metadata_props.clear()  # the exporter's metadata: source lines and paths of this machine
     return model
 
 
-def _traced(graph: Graph) -> ir.Model:
+def _export_module(graph: Graph) -> ir.Model:
     module, inputs = graph.module, graph.inputs
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
     nodes = nullcontext() if graph.ttt is None else scans_as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
-    with _quiet(), torch.no_grad(), nodes:
+    with _silence_exporter(), torch.no_grad(), nodes:
         program = torch.onnx.export(
             module,
             tuple(spec.example for spec in inputs),
@@ -118,9 +122,9 @@ def _traced(graph: Graph) -> ir.Model:
 
 
 def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None = None, *, inline: bool = False) -> None:
-    """Writes the graph beside its weights, with the body of its TTT nodes where it has some. Checked by onnx.
+    """Writes a graph beside its weight file and runs onnx's checker on it.
 
-    With `inline` the body takes the place of each node.
+    TTT nodes get their function body; with `inline` the body replaces each node.
     """
     weights.attach(model)
     proto = ir.to_proto(model)
@@ -133,7 +137,7 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
 
 
 def read_signature(path: Path) -> Signature:
-    """Inputs and outputs of an ONNX file. Raises BackendError for a dtype that no engine takes."""
+    """Inputs and outputs of an ONNX file. Raises BackendError for an unsupported dtype."""
     graph = onnx.load(path, load_external_data=False).graph
     inputs, outputs = (tuple(_spec(path, value) for value in values) for values in (graph.input, graph.output))
     return inputs, outputs
@@ -149,8 +153,11 @@ def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _check(proto: onnx.ModelProto) -> None:
-    """Runs onnx's checker on the graph with its weights as inputs: they may be a second name of an older bundle's file,
-    which the checker takes for an attack, and at full size there is no need to read them."""
+    """Runs onnx's checker on the graph with its external weights declared as inputs.
+
+    The weight file may be a hard link to a file of the previous bundle, which the checker rejects as an attack. The
+    check also does not need to read the weights.
+    """
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     del bare.graph.initializer[:]
@@ -163,7 +170,7 @@ def _check(proto: onnx.ModelProto) -> None:
 
 
 def _simplify(model: ir.Model, weights: set[str]) -> None:
-    """What `torch.onnx.export` does with optimize=True, but for folding weights, which would lose their names."""
+    """The passes of `torch.onnx.export` with optimize=True, but weights are not folded: they keep their names."""
     passes.InlinePass()(model)
     optimizer.fold_constants(
         model,
@@ -185,7 +192,7 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
 
 
 class _DeduplicateConstants(passes.DeduplicateInitializersPass):
-    """Merges equal constants, but no weights: those that happen to be equal in one checkpoint are not in the next."""
+    """Merges equal constants, but not weights: weights that are equal in one checkpoint may differ in another."""
 
     def __init__(self, weights: set[str]) -> None:
         super().__init__()
@@ -195,7 +202,7 @@ class _DeduplicateConstants(passes.DeduplicateInitializersPass):
         values = {name: value for name, value in model.graph.initializers.items() if name in self._weights}
         tensors = {name: value.const_value for name, value in values.items()}
         for value in values.values():
-            value.const_value = None  # the pass leaves alone what it does not know
+            value.const_value = None  # the pass skips initializers without values
         result = super().call(model)
         for name, value in values.items():
             value.const_value = tensors[name]
@@ -203,7 +210,7 @@ class _DeduplicateConstants(passes.DeduplicateInitializersPass):
 
 
 def _name_scans(model: ir.Model) -> None:
-    """Names TTT nodes after the layer whose weights they take, and its two directions, for errors to speak of."""
+    """Names each TTT node after its layer and direction, for error messages: `<layer>.forward`, `<layer>.backward`."""
     seen: set[str] = set()
     for node in model.graph:
         if node.domain == DOMAIN:
@@ -214,8 +221,8 @@ def _name_scans(model: ir.Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks of packages that are not needed here; its errors are exceptions."""
+def _silence_exporter() -> Iterator[None]:
+    """Suppresses warnings and log lines of the exporter, which concern optional packages. Errors are exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

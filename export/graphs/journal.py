@@ -1,4 +1,4 @@
-"""How much of a large file is on the disk, so that writing it can go on after a kill or a power cut."""
+"""Records how much of a large file is on the disk, so that writing it is resumed after a kill or a power cut."""
 
 import hashlib
 import os
@@ -13,38 +13,43 @@ from ttt_video_engine.runtime.files import atomic_write, writing
 _CHUNK = 16 << 20
 
 
-class _Note(Struct):
+class _Record(Struct):
+    """The first `end` bytes of the file are on the disk and have the digest `sha256`."""
+
     key: dict[str, str]
     end: int
     sha256: str
 
 
 class Journal:
-    """Beside the file at `path`, which is made from `key`: up to where it is written, and the digest of that."""
+    """The journal beside the file at `path`. It applies only to a file that is written from the same `key`."""
 
     def __init__(self, path: Path, key: dict[str, str]) -> None:
-        self.path = journal_of(path)
+        self.path = journal_path(path)
         self._file = path
         self._key = key
 
     def resume(self, out: BinaryIO) -> tuple["hashlib._Hash", int]:
-        """Leaves `out` at the end of what is good in it; gives the digest of that, and its size."""
-        digest, note = hashlib.sha256(), self._read()
-        left = note.end
-        while left and (part := out.read(min(left, _CHUNK))):
+        """Verifies the recorded part of `out`, truncates `out` after it, and seeks there.
+
+        Returns the running digest and the size of that part in bytes: 0 if it does not match the record.
+        """
+        digest, record = hashlib.sha256(), self._read()
+        remaining = record.end
+        while remaining and (part := out.read(min(remaining, _CHUNK))):
             digest.update(part)
-            left -= len(part)
-        end = note.end
-        if digest.hexdigest() != note.sha256:
+            remaining -= len(part)
+        end = record.end
+        if digest.hexdigest() != record.sha256:
             digest, end = hashlib.sha256(), 0
         out.seek(end)
         out.truncate()
         return digest, end
 
-    def note(self, out: BinaryIO, end: int, sha256: str) -> None:
-        """Notes `end`, once what is before it is on the disk. The system need not keep that in memory any longer.
+    def record(self, out: BinaryIO, end: int, sha256: str) -> None:
+        """Syncs `out` to the disk, then records its first `end` bytes. Raises OutputError on an I/O error.
 
-        Raises OutputError where the disk fails.
+        The page cache of those bytes is dropped.
         """
         with writing(self._file):
             out.flush()
@@ -52,17 +57,17 @@ class Journal:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(out.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
         with atomic_write(self.path) as partial:
-            partial.write_bytes(msgspec.json.encode(_Note(self._key, end, sha256)))
+            partial.write_bytes(msgspec.json.encode(_Record(self._key, end, sha256)))
 
-    def _read(self) -> _Note:
-        nothing = _Note(self._key, 0, hashlib.sha256().hexdigest())
+    def _read(self) -> _Record:
+        empty = _Record(self._key, 0, hashlib.sha256().hexdigest())
         try:
-            note = msgspec.json.decode(self.path.read_bytes(), type=_Note)
+            record = msgspec.json.decode(self.path.read_bytes(), type=_Record)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            return nothing
-        return note if note.key == self._key else nothing
+            return empty
+        return record if record.key == self._key else empty
 
 
-def journal_of(path: Path) -> Path:
-    """Where the journal of a file lies."""
+def journal_path(path: Path) -> Path:
+    """The path of a file's journal."""
     return path.with_name(f"{path.name}.journal")

@@ -1,8 +1,12 @@
 """The TTT scan as an ONNX operator: a node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and its function body.
 
-A plugin replaces the node. The body, an ONNX function of the same name in standard operators, computes the recurrence
-of `reference/ttt.py` with few operators per mini-batch: what does not depend on the inner weights is computed for the
-whole sequence, before the loop (targets) or after it (the norm of the outputs).
+A TensorRT plugin implements the node. The body, an ONNX function of the same name in standard operators, computes the
+recurrence of `reference/ttt.py` with few operators per mini-batch. Values that do not depend on the inner weights are
+computed for the whole sequence: targets before the loop, the norm of the outputs after it.
+
+Shapes, with NC mini-batches of C tokens, H heads of size F and the MLP's hidden size K: XQ, XK and XV [B, H, NC, C, F];
+eta [B, H, NC, C]; norm_weight and norm_bias [H, F]; TTT-Linear's W1 [H, F, F] and b1 [H, 1, F]; TTT-MLP's W1 [H, F, K],
+b1 [H, 1, K], W2 [H, K, F] and b2 [H, 1, F].
 """
 
 from collections.abc import Iterator
@@ -22,10 +26,10 @@ from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, VERSION
 
 @contextmanager
 def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
-    """Within the block, every TTT layer of `module` is traced as one custom node instead of its scan."""
+    """Within the block, the scan of every TTT layer of `module` is traced as one custom node."""
 
     def scan(queries: Tensor, *rest: Tensor) -> Tensor:
-        # TensorRT's parser uses a plugin only if the node names the plugin's namespace.
+        # TensorRT's parser uses a plugin only if the node has the plugin's namespace as an attribute.
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP_TYPES[kind]}",
             (queries, *rest),
@@ -42,18 +46,18 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.scan  # the class's own again
+            del layer.scan  # restores the method of the class
 
 
 def function_body(kind: TTTKind, opset: int) -> onnx.FunctionProto:
-    """The node's function in standard operators. `opset` must be the model's."""
+    """The node's function in standard operators. `opset` must be that of the model."""
     function = onnx.parser.parse_function({"linear": _LINEAR, "mlp": _MLP}[kind])
     function.opset_import.append(onnx.helper.make_opsetid("", opset))
     return function
 
 
 def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
-    """Adds to a model with TTT nodes the function that defines them."""
+    """Adds the function that defines TTT nodes to a model that has them."""
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     model.functions.append(function_body(kind, opset))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
@@ -61,9 +65,9 @@ def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
 
 
 def inline_function_body(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the body in place of each TTT node, for runtimes that know no functions.
+    """The model with each TTT node replaced by its body, for runtimes that do not support functions.
 
-    Weights keep their names and places. onnx's own inliner would leave the domain among the opsets.
+    Weights keep their names and byte ranges. onnx's own inliner would leave the domain among the opset imports.
     """
     inlined = ir.from_proto(model)
     passes.InlinePass()(inlined)
@@ -71,8 +75,9 @@ def inline_function_body(model: onnx.ModelProto) -> onnx.ModelProto:
     return ir.to_proto(inlined)
 
 
-# Before the loop. `target` is γ·(v − k − β), so that the gradient of the
-# inner loss at the normalised output x̂ is γ²·x̂ − target. Weights may come with or without a batch axis.
+# Before the loop. `target` is γ·(v − k − β), so that the gradient of the inner loss with respect to the normalised
+# output x̂ is γ²·x̂ − target. Shapes: target_all [B, H, NC, C, F], rate [B, H, NC, C, 1], gamma [H, 1, F], gamma_all and
+# beta_all [H, 1, 1, F]. Inner weights may have a batch axis or not.
 _PROLOGUE = """
     Q = Cast <to = 1> (XQ)
     K = Cast <to = 1> (XK)
@@ -102,8 +107,9 @@ _PROLOGUE = """
     go_on = Constant <value = bool {1}> ()
 """
 
-# One mini-batch. From z, the inner model's output for k, to `step`, its gradient times the learning rate of each token:
-# the backward pass of LayerNorm. TensorRT's parser takes no LayerNormalization that also gives the deviation.
+# One mini-batch: the backward pass of LayerNorm, from z [B, H, C, F], the inner output for k, to `projected`.
+# The step is `projected` times the learning rate of the token over std. TensorRT's parser does not support
+# LayerNormalization with more than one output, so the standard deviation is computed here.
 _INNER_GRADIENT = """
       z_mean = ReduceMean (z, last_axis)
       centred = Sub (z, z_mean)
@@ -122,7 +128,7 @@ _INNER_GRADIENT = """
       projected = Sub (without_mean, along)
 """
 
-# After the loop: q + LN(f(q)) for all queries at once.
+# After the loop: q + LN(f(q)) for all queries at once. z_read [NC, B, H, C, F] becomes [B, H, NC, C, F].
 _EPILOGUE = """
     read = Transpose <perm = [1, 2, 0, 3, 4]> (z_read)
     read_normalised = LayerNormalization <axis = -1, epsilon = 1e-6> (read, unit)
@@ -170,8 +176,8 @@ TTTLinear (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1) => (XQW)
 }}
 """
 
-# GELU in its tanh form is x·σ(u) with u = √(8/π)·(x + 0.044715x³): the ½ and the 1 of ½(1 + tanh(u/2)) are in σ, which
-# saves passes over the hidden layer. Its slope is σ + x·σ·(1 − σ)·u′, with u′ = u_linear + 3·u_cubic·x².
+# GELU in tanh form is x·σ(u) with u = √(8/π)·(x + 0.044715x³), because ½(1 + tanh(u/2)) = σ(u). That saves elementwise
+# passes over the hidden layer. Its derivative is σ + x·σ·(1 − σ)·u′, with u′ = u_linear + 3·u_cubic·x².
 _MLP = f"""
 <domain: "{DOMAIN}", opset_import: []>
 TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)

@@ -1,4 +1,4 @@
-"""A bfloat16 graph as a float32 one, so that ONNX Runtime, which has no bfloat16 on CPUs, can run it for parity."""
+"""Converts a bfloat16 graph to float32 for the parity gate: ONNX Runtime does not support bfloat16 on CPUs."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ _NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
 
 
 def upcast_bfloat16(path: Path, target: Path) -> Path:
-    """Writes the graph at `path` to `target`, weights and all, with float32 wherever it has bfloat16.
+    """Writes the graph at `path`, with its weights, to `target`, with float32 in place of bfloat16. Returns `target`.
 
-    Weights and constants keep the values that bfloat16 left them; only the arithmetic between them is wider.
+    Weights and constants keep their values as rounded to bfloat16. Only the arithmetic is in float32.
     """
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
-        _bring_in(tensor, path.parent)
+        _load_external_data(tensor, path.parent)
     _upcast_graph(model.graph)
     for function in model.functions:
         for node in function.node:
@@ -25,14 +25,14 @@ def upcast_bfloat16(path: Path, target: Path) -> Path:
     return target
 
 
-def _bring_in(tensor: TensorProto, folder: Path) -> None:
-    """Reads a weight of our own file. onnx's loader refuses a file of two names, as one is that two bundles share."""
+def _load_external_data(tensor: TensorProto, folder: Path) -> None:
+    """Reads the external data of a weight into `tensor`. onnx's own loader rejects hard links, which bundles share."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place["offset"]))
-        tensor.raw_data = file.read(int(place["length"]))
+    location = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / location["location"]).open("rb") as file:
+        file.seek(int(location["offset"]))
+        tensor.raw_data = file.read(int(location["length"]))
     tensor.data_location = TensorProto.DEFAULT
     del tensor.external_data[:]
 

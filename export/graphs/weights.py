@@ -1,4 +1,4 @@
-"""One data file of weights that all graphs of a component share, written a tensor at a time."""
+"""Weight files: one external data file for all graphs of a component, written one tensor at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,10 +24,10 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 _TIED = {"t5.encoder.embed_tokens.weight": "t5.shared.weight"}
-"""Second name of a tensor → first, at the end of its name in a graph: only T5's embedding has two."""
+"""Suffix of a tied weight's second name → suffix of its first. Only T5's embedding is tied."""
 
-NOTE_EVERY = 256 << 20
-"""Bytes; what a kill or a power cut can lose of a file."""
+JOURNAL_INTERVAL = 256 << 20
+"""Bytes between two records of the journal: the most that a kill or a power cut loses."""
 
 ByteRange = tuple[int, int]
 """(offset, length) in bytes."""
@@ -35,45 +35,48 @@ ByteRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Where each weight lies in a data file, by its name in the module."""
+    """The layout of a weight file: the byte range of each weight, by its name in the module."""
 
     path: Path
-    places: Mapping[str, ByteRange]
+    ranges: Mapping[str, ByteRange]
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return max((offset + length for offset, length in self.places.values()), default=0)
+        """Size of the file in bytes."""
+        return max((offset + length for offset, length in self.ranges.values()), default=0)
 
     def attach(self, model: ir.Model) -> None:
-        """Makes the initializers of `model` that are weights refer to this file, which lies beside the graph."""
+        """Makes the weights among the initializers of `model` external data in this file."""
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
-            if name in self.places and tensor is not None:
-                offset, length = self.places[name]
+            if name in self.ranges and tensor is not None:
+                offset, length = self.ranges[name]
                 value.const_value = ir.ExternalTensor(
                     self.path.name,
                     offset,
                     length,
                     tensor.dtype,
-                    shape=tensor.shape,  # type: ignore[arg-type]  # weights have no free axes
+                    shape=tensor.shape,  # type: ignore[arg-type]  # weights have no dynamic axes
                     name=name,
                     base_dir=self.path.parent,
                 )
 
 
 def lay_out(weights: LazyStateDict, path: Path, dtype: torch.dtype) -> WeightFile:
-    """Gives every tensor a place, in the order given; tied names share one. Depends on names and shapes alone."""
-    places: dict[str, ByteRange] = {}
+    """Assigns every weight an aligned byte range, in the given order. Tied weights share one.
+
+    The layout depends only on names, shapes and `dtype`.
+    """
+    ranges: dict[str, ByteRange] = {}
     end = 0
     for name, stored in weights.items():
         first = _first_name(name)
-        if first not in places:
+        if first not in ranges:
             offset = end + -end % WEIGHT_ALIGNMENT
-            places[first] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
-            end = sum(places[first])
-        places[name] = places[first]
-    return WeightFile(path, {name: places[name] for name in weights})
+            ranges[first] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
+            end = sum(ranges[first])
+        ranges[name] = ranges[first]
+    return WeightFile(path, {name: ranges[name] for name in weights})
 
 
 def write_weights(
@@ -83,40 +86,40 @@ def write_weights(
     key: Mapping[str, str],
     progress: Callable[[int], None] = lambda written: None,
 ) -> FileEntry:
-    """Writes the weights in `dtype` to their places, with no more than two of them in memory.
+    """Writes the weights in `dtype` to their byte ranges, with at most two of them in memory.
 
-    A file that was begun from the same `key` is gone on with: a journal beside it says how much of it is on the disk.
-    When it is whole it is read back. `progress` is told the bytes that are written. Raises CheckpointError for a weight
-    that `dtype` cannot hold, and OutputError where the disk does not give back what was written.
+    A partial file of the same `key` is resumed: a journal beside it records how much of it is on the disk. The complete
+    file is read back and verified. `progress` receives the number of bytes written. Raises CheckpointError for a weight
+    that `dtype` cannot represent, OutputError if the file does not read back as written.
     """
     journal = Journal(file.path, dict(key))
-    # Hashing takes as long as writing, and neither holds the interpreter's lock: it has a thread of its own.
+    # Hashing takes as long as writing, and neither holds the GIL, so hashing runs in a thread of its own.
     with file.path.open("r+b" if file.path.exists() else "w+b") as out, ThreadPoolExecutor(1) as hasher:
         digest, end = journal.resume(out)
         progress(end)
-        noted, hashed = end, hasher.submit(_add, digest, ())
-        for name, stored, (offset, length) in _in_order(weights, file):
-            if offset < noted:
+        recorded, hashed = end, hasher.submit(_update, digest, ())
+        for name, stored, (offset, length) in _in_file_order(weights, file):
+            if offset < recorded:
                 continue
             content = b"\0" * (offset - end), _bytes(name, stored, dtype)
             out.writelines(content)
             hashed.result()
-            hashed = hasher.submit(_add, digest, content)
+            hashed = hasher.submit(_update, digest, content)
             end = offset + length
             progress(end)
-            if end - noted >= NOTE_EVERY or end == file.size:
+            if end - recorded >= JOURNAL_INTERVAL or end == file.size:
                 hashed.result()
-                journal.note(out, end, digest.hexdigest())
-                noted = end
+                journal.record(out, end, digest.hexdigest())
+                recorded = end
     entry = FileEntry(digest.hexdigest(), file.size)
     if sha256_of(file.path) != entry.sha256:
-        raise OutputError(f"{file.path}: does not hold what was written to it; check the disk")
+        raise OutputError(f"{file.path}: reads back other bytes than were written; check the disk")
     journal.path.unlink(missing_ok=True)
     return entry
 
 
 def write_module(module: nn.Module, path: Path) -> WeightFile:
-    """The weights of a module that is in memory, in the dtype that they have."""
+    """Writes the weights of a module in memory, which have one dtype, to `path`. Returns the layout."""
     weights = lazy_state(module.state_dict())
     (dtype,) = {stored.dtype for stored in weights.values()} or {torch.float32}
     file = lay_out(weights, path, dtype)
@@ -131,30 +134,31 @@ def _first_name(name: str) -> str:
     return name
 
 
-def _in_order(weights: LazyStateDict, file: WeightFile) -> Iterator[tuple[str, LazyTensor, ByteRange]]:
-    """Every tensor once, as they lie in the file."""
+def _in_file_order(weights: LazyStateDict, file: WeightFile) -> Iterator[tuple[str, LazyTensor, ByteRange]]:
+    """(name, weight, byte range) of every distinct weight, in the order of the file."""
     seen: set[ByteRange] = set()
     for name, stored in weights.items():
-        place = file.places[name]
-        if place not in seen:
-            seen.add(place)
-            yield name, stored, place
+        byte_range = file.ranges[name]
+        if byte_range not in seen:
+            seen.add(byte_range)
+            yield name, stored, byte_range
 
 
 def _bytes(name: str, stored: LazyTensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of a weight in `dtype`. Raises CheckpointError if it has values that are not finite there."""
     value = stored.read().detach()
     converted = value.to(dtype).contiguous()
     if not _is_finite(converted):
-        found = f"has values that {dtype} cannot hold" if _is_finite(value) else "has values that are no numbers"
+        found = f"has values that {dtype} cannot represent" if _is_finite(value) else "has NaN or infinite values"
         raise CheckpointError(f"{name}: {found}; fetch the checkpoint again, or export with another --dtype")
     return converted.flatten().view(torch.uint8).numpy().data
 
 
 def _is_finite(value: Tensor) -> bool:
-    extremes = torch.stack(torch.aminmax(value))  # NaN wherever there is one; ten times as fast as to ask each value
+    extremes = torch.stack(torch.aminmax(value))  # NaN if any value is; ten times faster than isfinite on all values
     return bool(torch.isfinite(extremes).all())
 
 
-def _add(digest: "hashlib._Hash", content: Iterable[bytes | memoryview]) -> None:
+def _update(digest: "hashlib._Hash", content: Iterable[bytes | memoryview]) -> None:
     for part in content:
         digest.update(part)

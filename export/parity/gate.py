@@ -101,13 +101,13 @@ class Gate:
             return
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
         part = _named(graph.name, component_graphs(module, self._subset_model, [graph.length]))
-        places = {
-            name: weights.places[full_weight_name(graph.component, name, self._subset_model, self.model)]
+        ranges = {
+            name: weights.ranges[full_weight_name(graph.component, name, self._subset_model, self.model)]
             for name in part.module.state_dict()
         }
         target = path.with_name(f".part.{path.name}")
         try:
-            save(trace(part), target, WeightFile(weights.path, places), part.ttt, inline=graph.inline)
+            save(trace(part), target, WeightFile(weights.path, ranges), part.ttt, inline=graph.inline)
             yield target
         finally:
             target.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: a seed or a folder of checkpoints. They are read, or made, one at a time."""
+"""Sources of a model's weights: a seed or a folder of checkpoints. Weights are read or generated one at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,9 +37,9 @@ M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 
 @dataclass(frozen=True)
 class Component(Generic[M_co]):
-    """A component that need not be in memory: how its module is built, and the weights that fill it, by name.
+    """A component of a model, not in memory: a function that builds its module, and its weights by name.
 
-    `origin` changes whenever the weights may have changed.
+    `origin` identifies the weights: it changes whenever they may have changed.
     """
 
     build: Callable[[], M_co]
@@ -47,15 +47,15 @@ class Component(Generic[M_co]):
     origin: str
 
     def load(self) -> M_co:
-        """The module in float32, ready for inference."""
+        """The module with its weights, in float32, for inference."""
         module = self.build().eval().requires_grad_(False)
-        for name, value in module.named_parameters():  # a weight of two names comes once
+        for name, value in module.named_parameters():  # yields a tied weight once
             value.copy_(self.weights[name].read())
         return module
 
 
 class ModelSource(Protocol):
-    """A model whose components are described one by one, without reading weights."""
+    """Describes the components of a model one by one, without reading weights."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -70,7 +70,7 @@ class ModelSource(Protocol):
 
 
 def components_of(source: ModelSource) -> dict[str, Component[nn.Module]]:
-    """All components by the names of their folders in a bundle."""
+    """All components, by the names of their folders in a bundle."""
     return {
         "text_encoder": source.text_encoder(),
         "transformer": source.transformer(),
@@ -80,9 +80,9 @@ def components_of(source: ModelSource) -> dict[str, Component[nn.Module]]:
 
 @dataclass(frozen=True)
 class SeededSource:
-    """Random weights, and a tokenizer trained on the package's prose. For models with a small vocabulary.
+    """Random weights from a seed, and a tokenizer trained on the package's prose. For models with a small vocabulary.
 
-    Raises ConfigError for a model that cannot be seeded.
+    Raises ConfigError for a model with a larger one.
     """
 
     model: ModelConfig
@@ -92,8 +92,8 @@ class SeededSource:
         if not can_be_seeded(self.model):
             kind, vocab_size = "preset" if self.model.name in PRESETS else "model", self.model.text_encoder.vocab_size
             raise ConfigError(
-                f"{kind} is {self.model.name!r}: has no weights of its own; give --checkpoint as well "
-                f"(random weights are for a text_encoder.vocab_size of at most {MOST_SEEDED_TOKENS}, not {vocab_size})"
+                f"{kind} is {self.model.name!r}: needs weights; give --checkpoint as well "
+                f"(random weights need a text_encoder.vocab_size of at most {MOST_SEEDED_TOKENS}, not {vocab_size})"
             )
 
     @cached_property
@@ -118,12 +118,12 @@ class SeededSource:
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A folder laid out as on the Hugging Face hub: transformer/, vae/, text_encoder/ and tokenizer/.
+    """A checkpoint folder with the layout of the Hugging Face hub: transformer/, vae/, text_encoder/ and tokenizer/.
 
-    `transformer` holds TTT-Video's weights under the names of its public code, or CogVideoX's under those of Hugging
-    Face. CogVideoX has no TTT layers: they are made fresh from `seed`, and `report` is told. `vae` is the original
-    3d-vae.pt or Hugging Face's, `text_encoder` and `tokenizer` are those of T5 v1.1. `open_state` lists the formats of
-    the files. Raises CheckpointError for a component that is missing, damaged or of other sizes than the model's.
+    `transformer` holds TTT-Video's weights under the names of its public code, or Hugging Face's CogVideoX. CogVideoX
+    has no TTT layers: they are initialised from `seed`, which `report` states. `vae` is the original 3d-vae.pt or
+    Hugging Face's, `text_encoder` and `tokenizer` are T5 v1.1's. `open_state` lists the file formats. Raises
+    CheckpointError for a component that is missing or damaged, or whose sizes differ from the model's.
     """
 
     model: ModelConfig
@@ -134,14 +134,15 @@ class CheckpointSource:
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder}: is no folder; give one that holds transformer/, vae/, text_encoder/ and tokenizer/"
+                f"{self.folder}: is not a folder; give one that holds transformer/, vae/, text_encoder/ and tokenizer/"
             )
 
     def with_stored_scale(self) -> "CheckpointSource":
-        """This source with the VAE scale factor that the checkpoint itself states; `report` is told which is used.
+        """This source with the VAE scale factor that the checkpoint states. `report` states which factor is used.
 
-        The factor belongs to the latents that a transformer was trained on. CogVideoX was trained on latents times the
-        scaling_factor of its vae/config.json. TTT-Video was not, whichever VAE lies beside it: it keeps the model's.
+        The factor scales the latents that a transformer was trained on. CogVideoX was trained on latents times the
+        scaling_factor of its vae/config.json. TTT-Video was not, whichever VAE is in the folder: it keeps the model's
+        factor.
         """
         path, current = self.folder / "vae", self.model.vae.scale_factor
         stored = stored_scale_factor(path)
@@ -155,7 +156,7 @@ class CheckpointSource:
             )
         if stored is not None and stored != current:
             self.report(
-                f"{path / 'config.json'}: states {stored}; TTT-Video's transformer needs {current}, which is used"
+                f"{path / 'config.json'}: states {stored}; {current} is used, because TTT-Video's transformer needs it"
             )
         return self
 
@@ -165,7 +166,7 @@ class CheckpointSource:
     def text_encoder(self) -> Component[TextEncoder]:
         config, path = self.model.text_encoder, self.folder / "text_encoder"
         weights = text_encoder_weights(open_state(path), vocab_size=config.vocab_size, source=path)
-        return _fitted(lambda: TextEncoder(config), weights, path, fingerprint(path))
+        return _component(lambda: TextEncoder(config), weights, path, fingerprint(path))
 
     def transformer(self) -> Component[DiffusionTransformer]:
         path = self.folder / "transformer"
@@ -176,20 +177,20 @@ class CheckpointSource:
         state = open_state(path)
         weights, origin = transformer_weights(state), fingerprint(path)
         if is_cogvideox_transformer(state):
-            self.report(f"{path}: has no TTT layers; they are made fresh, untrained, from seed {self.seed}")
+            self.report(f"{path}: has no TTT layers; they are initialised, untrained, from seed {self.seed}")
             shapes = {name: value.shape for name, value in on_meta_device(build).state_dict().items() if is_ttt(name)}
             weights, origin = {**weights, **init_ttt_weights(shapes, self.seed)}, f"{origin}, TTT from seed {self.seed}"
-        kind, asked = ttt_kind(weights), self.model.transformer.ttt
-        if kind is not None and kind != asked:
-            raise CheckpointError(f"{path}: has TTT layers of kind {kind}, not {asked}; use --ttt {kind}")
-        return _fitted(build, weights, path, origin)
+        kind, wanted = ttt_kind(weights), self.model.transformer.ttt
+        if kind is not None and kind != wanted:
+            raise CheckpointError(f"{path}: has TTT layers of kind {kind}, not {wanted}; use --ttt {kind}")
+        return _component(build, weights, path, origin)
 
     def vae_decoder(self) -> Component[VaeDecoder]:
         config, path = self.model.vae, self.folder / "vae"
         weights = vae_weights(open_state(path), config)
-        return _fitted(lambda: VaeDecoder(config), weights, path, fingerprint(path))
+        return _component(lambda: VaeDecoder(config), weights, path, fingerprint(path))
 
 
-def _fitted(build: Callable[[], M], weights: LazyStateDict, path: Path, origin: str) -> Component[M]:
+def _component(build: Callable[[], M], weights: LazyStateDict, path: Path, origin: str) -> Component[M]:
     check_fit(weights, on_meta_device(build), path)
     return Component(build, weights, origin)

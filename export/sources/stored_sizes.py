@@ -1,4 +1,4 @@
-"""How much a checkpoint holds. Only the descriptions of its tensors are read."""
+"""Sizes of a checkpoint. Reads the shapes and dtypes of its tensors, not their values."""
 
 from math import prod
 from pathlib import Path
@@ -10,7 +10,7 @@ _FOLDERS = {"text_encoder": "text_encoder", "transformer": "transformer", "vae_d
 
 
 def stored_sizes(folder: Path) -> dict[str, Stored]:
-    """Component → parameters and bytes in its folder, those that an export leaves out included, as the VAE's encoder.
+    """Component → parameters and bytes in its folder, including weights that an export skips (the VAE's encoder).
 
     Raises CheckpointError for a component that is missing or damaged.
     """

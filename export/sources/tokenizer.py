@@ -1,7 +1,7 @@
 """Tokenizers for bundles: one trained on the package's prose for small vocabularies, T5's for the full model.
 
-Both have the ids of T5's control tokens, `<pad>` 0, `</s>` 1 and `<unk>` 2. The last two ids are those of the scene
-tokens: scene end, then scene start.
+Both use the ids of T5's control tokens: `<pad>` 0, `</s>` 1 and `<unk>` 2. The last two ids are the scene tokens: scene
+end, then scene start.
 """
 
 import math
@@ -24,7 +24,7 @@ _ASCII = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 
 
 def tiny_prose() -> str:
-    """The prose of the package, which the tokenizer of the small presets is trained on."""
+    """The package's prose. The tokenizer of the small presets is trained on it."""
     return resources.files("ttt_video_engine.export.sources").joinpath("prose.txt").read_text(encoding="utf-8")
 
 
@@ -32,15 +32,16 @@ def train_tokenizer(prose: str, vocab_size: int) -> Tokenizer:
     """A Unigram tokenizer of exactly `vocab_size` tokens, scene tokens included. The same prose gives the same file.
 
     Pieces are chosen by byte-pair merges and scored by their frequency in the prose. The library's own Unigram trainer
-    sums in random order, so its file differs from run to run. Raises ConfigError where the prose has too few pieces.
+    sums in random order, so its file differs between runs. Raises ConfigError if the prose does not yield `vocab_size`
+    tokens.
     """
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     wanted = vocab_size - len(_CONTROL_TOKENS) - _NUM_SCENE_TOKENS
     pieces = _frequent_pieces(normalizer.normalize_str(prose), max(wanted, 0))
     if len(pieces) != wanted:
         least = len(_CONTROL_TOKENS) + _NUM_SCENE_TOKENS + len(pieces)
-        cure = "give more prose or a smaller vocab_size" if len(pieces) < wanted else f"must be at least {least}"
-        raise ConfigError(f"vocab_size is {vocab_size}, but the prose makes {least} tokens: {cure}")
+        advice = "give more prose or a smaller vocab_size" if len(pieces) < wanted else f"must be at least {least}"
+        raise ConfigError(f"vocab_size is {vocab_size}, but the prose yields {least} tokens: {advice}")
     tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in _CONTROL_TOKENS), *pieces], unk_id=2))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -52,8 +53,8 @@ def train_tokenizer(prose: str, vocab_size: int) -> Tokenizer:
 def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """T5's tokenizer from a Hugging Face folder, from `tokenizer.json` or `spiece.model`, with the scene tokens added.
 
-    `vocab_size` is that of the text encoder, scene tokens included: 32102 for T5 v1.1. Raises CheckpointError where the
-    files are missing, damaged, not T5's, or of another size.
+    `vocab_size` is that of the text encoder, scene tokens included: 32102 for T5 v1.1. Raises CheckpointError if the
+    files are missing, damaged, not T5's, or have another vocabulary size.
     """
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
@@ -65,7 +66,7 @@ def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(f"{folder}: holds neither tokenizer.json nor spiece.model; give T5's tokenizer folder")
     try:
         tokenizer = load(source)
-    # The libraries raise plain Exception, and with several lines.
+    # The libraries raise plain Exception, with messages of several lines.
     except Exception as error:
         cause = " ".join(str(error).split())
         raise CheckpointError(f"{source}: not a T5 tokenizer ({cause}); download it again") from error
@@ -75,17 +76,17 @@ def load_t5_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             raise CheckpointError(f"{source}: {token} is {found}, must be {token_id}; give T5's tokenizer")
     for token in (SCENE_END_TOKEN, SCENE_START_TOKEN):
         if tokenizer.token_to_id(token) is not None:
-            raise CheckpointError(f"{source}: holds {token} already; give T5's tokenizer as published")
+            raise CheckpointError(f"{source}: already holds {token}; give T5's tokenizer as published")
     found, wanted = tokenizer.get_vocab_size(), vocab_size - _NUM_SCENE_TOKENS
     if found != wanted:
-        raise CheckpointError(f"{source}: has {found} tokens, must have {wanted} to suit vocab_size {vocab_size}")
+        raise CheckpointError(f"{source}: has {found} tokens, must have {wanted} for vocab_size {vocab_size}")
     return _with_scene_tokens(tokenizer)
 
 
 def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
     """Pieces with their log probabilities: printable ASCII, the prose's other characters, its most frequent merges.
 
-    There are `count` of them: fewer where the prose has no more merges, more where it has too many characters.
+    Returns `count` pieces: fewer if the prose has no more merges, more if it has too many distinct characters.
     """
     split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer = Tokenizer(models.BPE())
@@ -93,7 +94,7 @@ def _frequent_pieces(prose: str, count: int) -> list[tuple[str, float]]:
     trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=_ASCII, show_progress=False)
     tokenizer.train_from_iterator([prose], trainer)
     words = Counter(word for word, _ in split.pre_tokenize_str(prose))
-    # Occurrences inside longer pieces count as well. One is added for the characters that the prose lacks.
+    # Occurrences inside longer pieces count too. One is added so that no frequency is zero.
     frequency = {piece: 1 + sum(n * word.count(piece) for word, n in words.items()) for piece in tokenizer.get_vocab()}
     total = sum(frequency.values())
     ordered = sorted(frequency, key=lambda piece: (-frequency[piece], piece))
@@ -110,10 +111,13 @@ open(sys.argv[2], "w", encoding="utf-8").write(tokenizer.to_str())
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    """Converted by transformers in a process of its own, which some damaged files end."""
+    """Converts the file with transformers, in a subprocess because some damaged files crash it.
+
+    Raises ValueError if the conversion fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "tokenizer.json"
-        # -P: no module is taken from the working folder.
+        # -P: Python imports no module from the working directory.
         command = [sys.executable, "-P", "-c", _CONVERT, str(path.parent.absolute()), str(converted)]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
@@ -123,7 +127,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _with_scene_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Adds the two scene tokens after all others. With `normalized=False` they match as spelled only."""
+    """Adds the two scene tokens after all others. With `normalized=False` only their exact spelling matches."""
     scene_tokens = (SCENE_END_TOKEN, SCENE_START_TOKEN)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in scene_tokens])
     return tokenizer

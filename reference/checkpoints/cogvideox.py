@@ -1,7 +1,7 @@
-"""Translates the names of Hugging Face's CogVideoX weights to those of this reference.
+"""Translates the names of Hugging Face's CogVideoX weights to the names of this reference.
 
-Shapes and the order of values are the same in both. A layer's modulation [6 x D] holds shift, scale and gate of the
-video, then those of the text. Hugging Face counts the levels of the VAE from the deepest, the reference from the
+Both have the same shapes and the same order of values. A layer's modulation [6·D] holds shift, scale and gate of the
+video, then those of the text. Hugging Face numbers the levels of the VAE from the deepest, the reference from the
 shallowest.
 """
 
@@ -35,22 +35,25 @@ _BLOCK = "transformer_blocks."
 
 
 def is_cogvideox_transformer(state: LazyStateDict) -> bool:
-    """Whether the names are those of a `CogVideoXTransformer3DModel`."""
+    """Whether the weights have the names of a `CogVideoXTransformer3DModel`."""
     return any(name.startswith(_BLOCK) for name in state)
 
 
 def cogvideox_transformer(state: LazyStateDict) -> LazyStateDict:
-    """A `CogVideoXTransformer3DModel`, without TTT layers, under the reference's names. Unknown names are kept."""
+    """The weights of a `CogVideoXTransformer3DModel` under the reference's names. Unknown names are kept.
+
+    It has no TTT layers.
+    """
     return {_transformer_name(name): value for name, value in state.items()}
 
 
 def is_cogvideox_vae(state: LazyStateDict) -> bool:
-    """Whether the names are those of an `AutoencoderKLCogVideoX`."""
+    """Whether the weights have the names of an `AutoencoderKLCogVideoX`."""
     return any(name.startswith("decoder.up_blocks.") for name in state)
 
 
 def cogvideox_vae_decoder(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
-    """The decoder of an `AutoencoderKLCogVideoX` under the reference's names. Unknown names are kept."""
+    """The decoder's weights of an `AutoencoderKLCogVideoX` under the reference's names. Unknown names are kept."""
     names = [name for name in state if name.startswith("decoder.")]
     return {_vae_name(name.removeprefix("decoder."), len(config.ch_mult)): state[name] for name in names}
 

@@ -1,7 +1,7 @@
-"""The table of a torch distributed checkpoint: which parts of which files make up each tensor.
+"""Reads the table of a torch distributed checkpoint: which byte ranges of which files hold each tensor.
 
-It is a pickle, which torch itself would run. Here it may name nothing but the classes that such a table is made of,
-and what it says is checked before it is used.
+The table is a pickle, which torch loads without restrictions. This reader admits only the classes that such a table
+consists of, and checks all values before they are used.
 """
 
 import io
@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ttt_video_engine.reference.checkpoints.damage import one_line, reading, regular_size
 from ttt_video_engine.runtime.errors import CheckpointError
 
-_MOST_BYTES = 256 << 20
-"""A table takes about 150 bytes for each chunk."""
-
+_MAX_BYTES = 256 << 20
+"""A table has about 150 bytes per chunk."""
 
 _ALLOWED: dict[str, set[str]] = {
     "torch.distributed.checkpoint.metadata": {
@@ -38,12 +37,12 @@ _ALLOWED: dict[str, set[str]] = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""Module → what a table may name of it. Dtypes of torch are allowed as well."""
+"""Module → the names that a table may use. Torch's dtypes are allowed as well."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bytes of a file in the folder: `length` of them from `offset` on."""
+class Location:
+    """A byte range of a file in the folder. Raises ValueError for values of a wrong type or sign."""
 
     file: str
     offset: int
@@ -51,21 +50,21 @@ class Place:
 
     def __post_init__(self) -> None:
         if type(self.file) is not str or not _are_sizes((self.offset, self.length)):
-            raise ValueError(f"a chunk lies at {self.offset!r} and has {self.length!r} bytes")
+            raise ValueError(f"a chunk has offset {self.offset!r} and {self.length!r} bytes")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor: `shape` values from index `start` on, as one torch.save at `place`."""
+    """A block of a tensor: its first index `start`, its `shape`, and the location of its torch.save data."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor, and those of its chunks that have a place."""
+    """A tensor and its chunks, except those without a location."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -74,18 +73,18 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors by name, and the places of all that is stored, other values included."""
+    """All tensors by name, and the locations of all stored values, including those that are not tensors."""
 
     tensors: dict[str, StoredTensor]
-    places: tuple[Place, ...]
+    locations: tuple[Location, ...]
 
 
 def read_table(path: Path) -> Table:
-    """Reads `.metadata`. Raises CheckpointError, which names it, for anything but a table whose values make sense.
+    """Reads `.metadata`. Raises CheckpointError that names it unless it is a table with valid values.
 
-    Whether the chunks of a tensor are complete is not checked here.
+    Does not check that the chunks of a tensor are complete.
     """
-    regular_size(path, at_most=_MOST_BYTES)
+    regular_size(path, at_most=_MAX_BYTES)
     with reading(path):
         try:
             metadata = _TableUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -97,22 +96,22 @@ def read_table(path: Path) -> Table:
 
 
 def _checked(metadata: Metadata) -> Table:
-    """Raises ValueError for values of a wrong type or sign, and AttributeError or TypeError where some are missing."""
-    places: dict[str, dict[tuple[int, ...] | None, Place]] = {}
+    """Raises ValueError for values of a wrong type or sign, AttributeError or TypeError for missing ones."""
+    locations: dict[str, dict[tuple[int, ...] | None, Location]] = {}
     for index, stored in metadata.storage_data.items():
         if getattr(stored, "transform_descriptors", None):
             raise ValueError(f"{index.fqn!r} is stored with {stored.transform_descriptors}, which is not supported")
         offset = None if index.offset is None else tuple(index.offset)
-        places.setdefault(index.fqn, {})[offset] = Place(stored.relative_path, stored.offset, stored.length)
+        locations.setdefault(index.fqn, {})[offset] = Location(stored.relative_path, stored.offset, stored.length)
     tensors = {
-        name: _tensor(name, entry, places.get(name, {}))
+        name: _tensor(name, entry, locations.get(name, {}))
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    return Table(tensors, tuple(place for of_one in places.values() for place in of_one.values()))
+    return Table(tensors, tuple(location for of_tensor in locations.values() for location in of_tensor.values()))
 
 
-def _tensor(name: str, entry: TensorStorageMetadata, places: dict[tuple[int, ...] | None, Place]) -> StoredTensor:
+def _tensor(name: str, entry: TensorStorageMetadata, locations: dict[tuple[int, ...] | None, Location]) -> StoredTensor:
     if type(name) is not str:
         raise ValueError(f"a tensor under a key of type {type(name).__name__}")
     shape, dtype = tuple(entry.size), entry.properties.dtype
@@ -124,10 +123,10 @@ def _tensor(name: str, entry: TensorStorageMetadata, places: dict[tuple[int, ...
         if not _are_sizes(start + sizes) or not len(start) == len(sizes) == len(shape):
             raise ValueError(f"a chunk of {name!r} starts at {start} and has shape {sizes}")
         if any(first + size > end for first, size, end in zip(start, sizes, shape, strict=True)):
-            raise ValueError(f"a chunk of {name!r} from {start} on, of shape {sizes}, lies outside of {shape}")
-        place = places.get(start, None if any(start) else places.get(None))
-        if place is not None:
-            chunks.append(Chunk(start, sizes, place))
+            raise ValueError(f"a chunk of {name!r} at {start} with shape {sizes} is outside {shape}")
+        location = locations.get(start, None if any(start) else locations.get(None))
+        if location is not None:
+            chunks.append(Chunk(start, sizes, location))
     return StoredTensor(shape, dtype, tuple(chunks))
 
 
@@ -136,15 +135,15 @@ def _are_sizes(values: tuple[object, ...]) -> bool:
 
 
 def _set_attributes(unpickler: Any) -> None:
-    """Sets attributes of an object that the table has made, never of an allowed class or function."""
+    """Sets attributes of an object that the table created, never of an allowed class or function."""
     target = type(unpickler.stack[-2])
     if target.__name__ not in _ALLOWED.get(target.__module__, set()):
-        raise pickle.UnpicklingError(f"it changes a {target.__name__}")
+        raise pickle.UnpicklingError(f"it modifies a {target.__name__}")
     pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
 
 
 class _TableUnpickler(pickle._Unpickler):
-    """Python's own unpickler in Python: the one in C allocates as much as a damaged stream asks for."""
+    """The unpickler written in Python. The one in C allocates as much memory as a damaged stream requests."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(torch, name, None) if module == "torch" else None
@@ -152,7 +151,7 @@ class _TableUnpickler(pickle._Unpickler):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
-    # A bytearray takes the memory that its header states before its data is there; a table has none.
+    # BYTEARRAY8 allocates the size that its header states before it reads the data. A table has no bytearrays.
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]},
         pickle.BUILD[0]: _set_attributes,

@@ -1,4 +1,4 @@
-"""Checkpoints as tensors by name: described without being read, read one at a time, and no code of theirs is run."""
+"""Opens checkpoints of any supported format as tensors by name, read one at a time. No code in them is run."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["LazyStateDict", "LazyTensor", "fingerprint", "lazy_state", "open_sta
 
 SUFFIXES = (".safetensors", ".pt", ".bin")
 INDICES = ("*.safetensors.index.json", "*.bin.index.json")
-"""Of shards. A folder with both kinds has the same weights twice."""
+"""Patterns of shard indices. A folder that matches both has the same weights twice; the first pattern is used."""
 
 
 def open_state(path: Path) -> LazyStateDict:
@@ -23,9 +23,9 @@ def open_state(path: Path) -> LazyStateDict:
     - shards of safetensors or of torch.save, a folder with an index;
     - one file of safetensors or of torch.save (.pt, .bin), or a folder with one such file.
 
-    A state dict may lie at the top, or under `state_dict` or `model`. Raises CheckpointError, in one line that names
-    the file, for files that are missing, damaged, not regular or of another format, and for pickles that hold anything
-    but tensors and plain values.
+    A state dict may be at the top level, or under `state_dict` or `model`. Raises CheckpointError that names the file
+    if a file is missing, damaged, not regular or of another format, or if a pickle holds anything but tensors and plain
+    values.
     """
     state = _open(path)
     check_printable(state, path)
@@ -33,7 +33,7 @@ def open_state(path: Path) -> LazyStateDict:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that changes when files may have changed: of names, sizes and times. No file is opened."""
+    """SHA-256 of the names, sizes and modification times of the files. No file is opened."""
     with reading(path):
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         found = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
@@ -45,7 +45,9 @@ def _open(path: Path) -> LazyStateDict:
     with reading(path):
         exists, is_folder, has_table = path.exists(), path.is_dir(), (path / TABLE).exists()
     if not exists:
-        raise CheckpointError(f"{path}: is missing; a checkpoint has transformer/, vae/, text_encoder/ and tokenizer/")
+        raise CheckpointError(
+            f"{path}: is missing; a checkpoint must have transformer/, vae/, text_encoder/ and tokenizer/"
+        )
     if not is_folder:
         return open_file(path)
     if has_table:

@@ -1,4 +1,4 @@
-"""Files of safetensors. The header describes all tensors; each is read by opening the file again."""
+"""Reads safetensors files. The header describes all tensors; each tensor is read by opening the file again."""
 
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,17 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Those with one value per element. F4 and F6 pack several into a byte: they are refused."""
+"""Supported dtypes: those with one value per element. F4 and F6, which pack several values per byte, are refused."""
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a regular file starts as safetensors does: 8 bytes for the length of the header, then its JSON."""
+    """Whether a regular file starts like safetensors: 8 bytes for the length of the header, then its JSON."""
     with reading(path), path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def open_safetensors(path: Path) -> LazyStateDict:
-    """The tensors of one file. Raises CheckpointError for a damaged file, and for a dtype that is not in `_DTYPES`."""
+    """The tensors of one file. Raises CheckpointError for a damaged file or an unsupported dtype."""
     with reading(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -1,4 +1,4 @@
-"""Tensors that are described without being read."""
+"""Lazy tensors: described by shape and dtype, read on demand."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of `shape` and `dtype`. Every call of `read` returns it again; it is not kept in between."""
+    """A tensor of `shape` and `dtype`. Every call of `read` reads it again; it is not cached."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -22,14 +22,14 @@ LazyStateDict = dict[str, LazyTensor]
 
 
 def in_memory(tensor: Tensor) -> LazyTensor:
-    """Describes a tensor that is in memory, or mapped to it, already."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor.detach()))
+    """Describes a tensor that is already in memory or memory-mapped."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_identity, tensor.detach()))
 
 
 def lazy_state(tensors: Mapping[str, Tensor]) -> LazyStateDict:
-    """Describes tensors that are in memory already."""
+    """Describes tensors that are already in memory."""
     return {name: in_memory(value) for name, value in tensors.items()}
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor

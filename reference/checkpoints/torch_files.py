@@ -1,6 +1,6 @@
-"""Files of torch.save: zip archives, which are mapped, and the format from before torch 1.6, which is read whole.
+"""Reads torch.save files: zip archives, which are memory-mapped, and the format before torch 1.6, which is read whole.
 
-Both hold a pickle. torch's restricted unpickler reads it, which runs no code from the file.
+Both contain a pickle. torch's restricted unpickler reads it and runs no code from the file.
 """
 
 import io
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_video_engine.reference.checkpoints.damage import CURE, one_line, reading
+from ttt_video_engine.reference.checkpoints.damage import FETCH_AGAIN, one_line, reading
 from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict, in_memory
 from ttt_video_engine.runtime.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model")
-"""Keys that a state dict may lie under."""
+"""Keys under which a file may hold its state dict."""
 
 
 def open_torch_file(path: Path) -> LazyStateDict:
-    """The tensors of a state dict; other values beside them are skipped.
+    """The tensors of a state dict. Values that are not tensors are skipped.
 
-    Raises CheckpointError for a damaged file, for a pickle that holds anything but tensors and plain values, and for a
-    tensor that is not a dense one in memory.
+    Raises CheckpointError for a damaged file, a pickle that holds anything but tensors and plain values, and a tensor
+    that is not dense or has no values.
     """
     content = load_torch(path, path)
     for key in WRAPPERS:
@@ -41,7 +41,10 @@ def open_torch_file(path: Path) -> LazyStateDict:
 
 
 def load_torch(source: Path | io.BytesIO, path: Path) -> Any:
-    """What torch.save wrote to `source`, which is `path` or a part of it. Raises CheckpointError that names `path`."""
+    """The object that torch.save wrote to `source`, which is `path` or a part of that file.
+
+    Raises CheckpointError that names `path`.
+    """
     with reading(path):
         zipped = zipfile.is_zipfile(source)
         if zipped:
@@ -49,16 +52,16 @@ def load_torch(source: Path | io.BytesIO, path: Path) -> Any:
         if isinstance(source, io.BytesIO):
             source.seek(0)
     try:
-        # Only a zip archive in a file can be mapped.
+        # Only a zip archive in a file can be memory-mapped.
         return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped and isinstance(source, Path))
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({one_line(error)}); {CURE}") from error
-    except Exception as error:  # a damaged pickle raises almost anything
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)}); {FETCH_AGAIN}") from error
+    except Exception as error:  # a damaged pickle raises almost any class
         raise CheckpointError(f"{path}: is not a plain file of weights ({one_line(error)})") from error
 
 
 def check_dense(tensor: Tensor, path: Path, name: str) -> None:
-    """Raises CheckpointError, which names `path` and tensor, unless the values are all there, one after the other."""
+    """Raises CheckpointError, which names `path` and the tensor, unless it is a plain dense tensor with values."""
     kind = _unsupported_kind(tensor)
     if kind:
         raise CheckpointError(f"{path}: tensor {name!r} is {kind}; give dense weights in float32, float16 or bfloat16")
@@ -77,7 +80,7 @@ def _unsupported_kind(tensor: Tensor) -> str:
 
 
 def _check_archive(source: Path | io.BytesIO) -> None:
-    """Raises ValueError where the archive would unpack to more than it has: torch.save never compresses."""
+    """Raises ValueError if the archive unpacks to more bytes than it has: torch.save never compresses."""
     size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else os.path.getsize(source)
     with zipfile.ZipFile(source) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())

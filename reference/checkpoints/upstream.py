@@ -1,4 +1,4 @@
-"""Translates the names of published checkpoints to those of the reference, and checks that weights fit its modules."""
+"""Translates the names of published checkpoints to the reference's, and checks that weights fit its modules."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,29 +16,35 @@ from ttt_video_engine.reference.checkpoints.tensors import LazyStateDict, LazyTe
 from ttt_video_engine.runtime.config import TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import CheckpointError
 
-_LISTED = 5
+_MAX_LISTED = 5
 
 
 def transformer_weights(state: LazyStateDict) -> LazyStateDict:
-    """A transformer of TTT-Video's public code, with or without the prefix `dit.`, or of Hugging Face's CogVideoX."""
+    """The transformer's weights under the reference's names.
+
+    `state` comes from TTT-Video's public code, with or without the prefix `dit.`, or from Hugging Face's CogVideoX.
+    """
     if is_cogvideox_transformer(state):
         return cogvideox_transformer(state)
     return {name.removeprefix("dit."): value for name, value in state.items()}
 
 
 def is_ttt(name: str) -> bool:
-    """Whether a weight, by its name, belongs to a TTT layer or its gates."""
+    """Whether a weight of this name belongs to a TTT layer or its gates."""
     return "seq_modeling_block.ssm." in name or "_ssm_gating_" in name
 
 
 def ttt_kind(state: LazyStateDict) -> TTTKind | None:
-    """The inner model of the TTT layers: only an MLP has a second layer. None where there are no TTT layers."""
+    """The kind of the TTT layers: only an MLP has a second inner layer. None if there are no TTT layers."""
     weights = {name.rpartition(".ssm.ttt.")[2] for name in state}
     return "mlp" if "W2" in weights else "linear" if "W1" in weights else None
 
 
 def vae_weights(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
-    """The decoder of a VAE: of the original `3d-vae.pt`, where names start with `decoder.`, or of Hugging Face's."""
+    """The VAE decoder's weights under the reference's names.
+
+    `state` comes from the original `3d-vae.pt`, whose names start with `decoder.`, or from Hugging Face's VAE.
+    """
     if is_cogvideox_vae(state):
         return cogvideox_vae_decoder(state, config)
     return {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
@@ -47,9 +53,10 @@ def vae_weights(state: LazyStateDict, config: VaeConfig) -> LazyStateDict:
 def text_encoder_weights(
     state: LazyStateDict, *, vocab_size: int, source: Path = Path("text_encoder")
 ) -> LazyStateDict:
-    """The encoder of a T5. Of its embeddings [V, D] the first `vocab_size` rows stay, two for scene tokens.
+    """The encoder's weights of a T5. Its embeddings [V, D] are cut to the first `vocab_size` rows.
 
-    Raises CheckpointError, which names `source`, where there are fewer rows.
+    The last two of these rows are for the scene tokens. Raises CheckpointError that names `source` if V is less than
+    `vocab_size`.
     """
     encoder = {name: value for name, value in state.items() if name.startswith(("shared.", "encoder."))}
     embeddings = encoder.pop("shared.weight", encoder.get("encoder.embed_tokens.weight"))
@@ -68,7 +75,7 @@ def _rows(stored: LazyTensor, count: int) -> Tensor:
 
 
 def check_fit(state: LazyStateDict, module: nn.Module, source: Path) -> None:
-    """Raises CheckpointError that lists weights which are missing, unexpected, misshapen or not floating-point."""
+    """Raises CheckpointError that lists the missing, unexpected, misshapen and non-floating-point weights."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = [
         _listing("missing", [name for name in expected if name not in state]),
@@ -82,7 +89,7 @@ def check_fit(state: LazyStateDict, module: nn.Module, source: Path) -> None:
             ],
         ),
         _listing(
-            "of a wrong dtype",
+            "not floating-point",
             [f"{name} {stored.dtype}" for name, stored in state.items() if not stored.dtype.is_floating_point],
         ),
     ]
@@ -94,5 +101,5 @@ def check_fit(state: LazyStateDict, module: nn.Module, source: Path) -> None:
 def _listing(what: str, names: list[str]) -> str:
     if not names:
         return ""
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {what}: {', '.join(names[:_LISTED])}{rest}"
+    rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:_MAX_LISTED])}{rest}"

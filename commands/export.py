@@ -8,7 +8,7 @@ import typer
 from ttt_video_engine.commands.options import Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
 from ttt_video_engine.engines.tensorrt.engine import BuildSettings
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import MAX_SCENES, TTTKind, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
@@ -23,11 +23,18 @@ def export(
         typer.Option(help="Folder with transformer/, vae/, text_encoder/ and tokenizer/; else weights are random."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with options and sizes; options given here go before it.")
+        Path | None,
+        typer.Option(help="TOML file, ours or one of the public code; options given here go before it."),
     ] = None,
     length: Annotated[
         list[str] | None,
-        typer.Option(help="3s, 9s, 18s, 30s or 63s; may be given several times.", show_default="9s"),
+        typer.Option(help="Seconds, a multiple of 3 such as 9s; may be given several times.", show_default="9s"),
+    ] = None,
+    scenes: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Length in scenes of 3 seconds; may be given several times.", min=1, max=MAX_SCENES, show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         Precision | None,
@@ -78,13 +85,15 @@ def export(
         config,
         preset=preset,
         ttt=ttt,
-        lengths=length,
+        lengths=[*(length or ()), *map(length_name, scenes or ())],
         dtype=dtype,
         width=width,
         height=height,
         vae_scale_factor=vae_scale_factor,
         seed=seed,
     )
+    for warning in chosen.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
     from ttt_video_engine.export.build import ExportOptions, export_bundle
     from ttt_video_engine.export.engines import EngineRequest

@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "Export a model to ONNX graphs, each held to the PyTorch reference, and to TensorRT engines.",
     "sample": "Render the videos of a storyboard file.",
     "decode": "Decode the latents that a render keeps, to an mp4 or to PNG files.",
+    "check": "Say what of a storyboard file would be cut or cannot be rendered, before it is.",
     "plan": "Say what a model needs before it is built, whether it fits, and with which settings.",
     "devices": "Show what can run graphs on this machine, and why the rest cannot.",
     "parity": "Hold the reference and fresh graphs to recordings of the public code, or a bundle to Polygraphy.",

@@ -11,7 +11,7 @@ from ttt_video_engine.engines.tensorrt.checks import parse_memory
 from ttt_video_engine.planning.fit import MemorySettings, PlanInput, available_ram, disk_bytes, fit
 from ttt_video_engine.planning.report import commands, report, source_options, verdict
 from ttt_video_engine.runtime.bundle import open_bundle
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import MAX_SCENES, TTTKind, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
@@ -25,7 +25,12 @@ def plan(
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of weights; says what it holds as well.")] = None,
     ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
     length: Annotated[
-        str | None, typer.Option(help="3s, 9s, 18s, 30s or 63s.", show_default="9s, or the longest of the bundle")
+        str | None,
+        typer.Option(help="Seconds, a multiple of 3 such as 9s.", show_default="9s, or the longest of the bundle"),
+    ] = None,
+    scenes: Annotated[
+        int | None,
+        typer.Option(help="Length in scenes of 3 seconds.", min=1, max=MAX_SCENES, show_default=False),
     ] = None,
     dtype: Annotated[
         Precision | None,
@@ -48,15 +53,23 @@ def plan(
 
     exported = (preset, config, checkpoint, ttt, dtype, width, height)
     if bundle is not None and any(option is not None for option in exported):
-        raise ConfigError("--bundle says what was exported: give --length, --num-steps, --engine, --gpu-memory only")
+        raise ConfigError(
+            "--bundle says what was exported: give --length, --scenes, --num-steps, --engine, --gpu-memory only"
+        )
     if engine == "onnxruntime" and gpu_memory is not None:
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
+    if scenes is not None:
+        if length not in (None, length_name(scenes)):
+            raise ConfigError(f"--length {length} and --scenes {scenes}, {length_name(scenes)}: leave one out")
+        length = length_name(scenes)
     opened = None if bundle is None else open_bundle(bundle)
     if opened is None:
         lengths = None if length is None else [length]
         chosen = resolve_config(
             config, preset=preset, ttt=ttt, lengths=lengths, dtype=dtype, width=width, height=height
         )
+        for warning in chosen.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         model, settings = chosen.model, MemorySettings(length=chosen.lengths[-1], dtype=chosen.dtype)
     else:
         model = opened.manifest.model
@@ -66,7 +79,7 @@ def plan(
     gpu_limit = None if gpu_memory is None else parse_memory(gpu_memory)
     limit = ram if engine == "onnxruntime" else gpu_limit
     disk = None if opened is None else disk_bytes(opened)
-    found = fit(PlanInput(model, settings, engine, num_steps, disk), limit, ram)
+    found = fit(PlanInput(model.stating([settings.length]), settings, engine, num_steps, disk), limit, ram)
     typed = commands(found, source_options(model, checkpoint, config), opened, gpu_memory)
     stored = {}
     if checkpoint is not None:

@@ -34,7 +34,7 @@ from ttt_video_engine.runtime.bundle import (
     open_bundle,
 )
 from ttt_video_engine.runtime.callbacks import Progress, Report
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
@@ -83,7 +83,7 @@ def export_bundle(
     with writing(output), export_lock(output):
         previous = _previous_bundle(output)
         previous_lengths = () if previous is None else previous.manifest.lengths
-        lengths = sorted({*lengths, *previous_lengths}, key=lambda length: SCENES_PER_LENGTH.get(length, 0))
+        lengths = sorted({*lengths, *previous_lengths}, key=num_scenes)
         with _opened_stage(output, previous, report) as stage:
             build = _Build(source, components, dtype, lengths, stage, report, options.progress, options.inline)
             build.check_space(output, options.engines.gpus)
@@ -115,8 +115,16 @@ class _Build:
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
 
+    @property
+    def model(self) -> ModelConfig:
+        """The source's model, with the text length of every exported length stated.
+
+        Keys hold the source's own, so that another length leaves the graphs that are there as they are.
+        """
+        return self.source.model.stating(self.lengths)
+
     def __post_init__(self) -> None:
-        self._gate = Gate(self.source.model, self.components, self.dtype, self.stage.root / TOKENIZER)
+        self._gate = Gate(self.model, self.components, self.dtype, self.stage.root / TOKENIZER)
 
     def check_space(self, output: Path, gpus: Sequence[str]) -> None:
         """Raises OutputError unless the disk has room for all files that the export may write."""
@@ -152,7 +160,7 @@ class _Build:
         """Builds or reuses the weights and the graphs of one component."""
         file, entry = self._weights(name)
         module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
-        for graph in component_graphs(module, self.source.model, self.lengths, inline=self.inline):
+        for graph in component_graphs(module, self.model, self.lengths, inline=self.inline):
             key = graph_key(
                 self.source.model,
                 weights=entry.sha256,
@@ -181,7 +189,7 @@ class _Build:
         """The manifest of the stage. Removes the files of earlier exports that it does not list."""
         weights = {graph.weights for graph in self.graphs.values()}
         return Manifest(
-            model=self.source.model,
+            model=self.model,
             dtype=self.dtype,
             opset=OPSET,
             lengths=tuple(self.lengths),

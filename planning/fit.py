@@ -16,7 +16,7 @@ from ttt_video_engine.planning.flops import VideoFlops, video_flops
 from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
 from ttt_video_engine.planning.shapes import file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.runtime.bundle import ENGINES, Bundle
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig
+from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.settings import BackendName
@@ -147,7 +147,7 @@ def candidate_settings(request: PlanInput) -> Iterator[MemorySettings]:
     --low-memory and --weight-streaming cost time. Together they gain nothing: with streaming, the runner reserves the
     activations of both branches, because it sets the budget before it knows what one branch needs.
     """
-    asked, lengths = request.asked, sorted(request.model.text_lengths, key=lambda name: -SCENES_PER_LENGTH[name])
+    asked, lengths = request.asked, sorted(request.model.text_lengths, key=lambda name: -num_scenes(name))
     tensorrt = request.engine == "tensorrt"
     dtypes: list[DType] = [asked.dtype]
     if tensorrt and asked.dtype == "float32":

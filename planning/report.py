@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
+from msgspec.structs import replace
+
 from ttt_video_engine.planning.fit import MORE_RAM, Candidate, Fit, MemorySettings, Stored
 from ttt_video_engine.planning.shapes import can_be_seeded
 from ttt_video_engine.planning.table import text_table
@@ -119,6 +121,7 @@ def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | N
     """The options of `export` that specify this model."""
     kind = model.transformer.ttt
     named = PRESETS[model.name](kind) if model.name in PRESETS else None
+    model = _as_exported(model, named)
     others = [name for name in model.__struct_fields__ if name not in ("width", "height")]
     if named is None or any(getattr(model, name) != getattr(named, name) for name in others):
         options = ["--config", str(config or "FILE")]
@@ -130,6 +133,14 @@ def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | N
     if checkpoint is not None or not can_be_seeded(model):
         options += ["--checkpoint", str(checkpoint or "CHECKPOINT")]
     return options
+
+
+def _as_exported(model: ModelConfig, named: ModelConfig | None) -> ModelConfig:
+    """`model` without the text lengths that a bundle states beside those of its preset, where they follow from them."""
+    if named is None or not named.text_lengths.items() <= model.text_lengths.items():
+        return model
+    without = replace(model, text_lengths=named.text_lengths)
+    return without if without.stating(model.text_lengths) == model else model
 
 
 def describe(settings: MemorySettings) -> str:

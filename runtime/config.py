@@ -4,22 +4,49 @@ Every struct is frozen and checks itself when it is made, so a config that exist
 Sizes: "One-Minute Video Generation with Test-Time Training" (arXiv 2504.05298) and CogVideoX (arXiv 2408.06072).
 """
 
+import re
+from collections.abc import Iterable
+from math import lcm
 from typing import Literal
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ttt_video_engine.runtime.errors import ConfigError
 
 TTTKind = Literal["linear", "mlp"]
-LengthName = Literal["3s", "9s", "18s", "30s", "63s"]
+LengthName = str
+"""Seconds of a video, such as "9s": what `num_scenes` takes."""
 
+SCENE_SECONDS = 3
 SCENES_PER_LENGTH = {"3s": 1, "9s": 3, "18s": 6, "30s": 10, "63s": 21}
-"""Length name → number of scenes; a scene is one 3-second segment."""
+"""Length name → number of scenes, for the lengths that the public model was trained with."""
+MAX_SCENES = 100
+"""Of a video: 5 minutes, nearly five times the longest that was trained. Memory and time grow with the scenes, and
+activations of 5B for 21 scenes take 48 GiB in bfloat16: more than 100 fit no GPU there is."""
 
 MAX_SIZE, MAX_COUNT, MAX_LEVELS, MAX_PIXELS = 1 << 18, 1 << 12, 8, 1 << 14
 """Far above any model that there is: widths of layers, numbers of layers and the like, levels of the VAE, pixels."""
 MIN_TEXT_LENGTH = 3
 """Tokens of a scene that always stand: scene start, scene end and `</s>`."""
+KERNEL_TOKENS = 64
+"""The larger of the two mini-batches in use: tokens that fill it fill mini-batches of 16 as well."""
+
+
+def length_name(scenes: int) -> LengthName:
+    """The name of the length that so many scenes make: "9s" for 3."""
+    return f"{SCENE_SECONDS * scenes}s"
+
+
+def num_scenes(length: LengthName) -> int:
+    """Scenes of a length: 3 for "9s". Raises ConfigError for what is no multiple of 3 s from 3s to 300s."""
+    longest = SCENE_SECONDS * MAX_SCENES
+    seconds = int(length[:-1]) if re.fullmatch("[1-9][0-9]{0,5}s", length) else 0
+    if 0 < seconds <= longest and seconds % SCENE_SECONDS == 0:
+        return seconds // SCENE_SECONDS
+    whole = min(max(seconds // SCENE_SECONDS, 1), MAX_SCENES)
+    near = f", such as {length_name(whole)} or {length_name(whole + 1)}" if 0 < seconds < longest else ""
+    raise ConfigError(f"length is {length[:20]!r}: must be a multiple of {SCENE_SECONDS}s up to {longest}s{near}")
 
 
 class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,7 +190,8 @@ class ClipSize(Struct, frozen=True, kw_only=True):
 class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that fixes the three components and the clips they make.
 
-    `width` and `height` are pixels of the video, `text_lengths` the tokens kept per scene for each length name.
+    `width` and `height` are pixels of the video, `text_lengths` the tokens kept per scene for each length name. A
+    length that is not stated there can be had too: `text_length` says with how many tokens.
     """
 
     name: str
@@ -191,30 +219,70 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         _require(channels == z, "transformer.in_channels", channels, f"must equal vae.z_channels {z}")
         _require(bool(self.text_lengths), "text_lengths", self.text_lengths, "must name a length")
         for length, tokens in self.text_lengths.items():
+            try:
+                num_scenes(length)
+            except ConfigError as error:
+                raise ConfigError(f"text_lengths: {error}") from error
             fits = MIN_TEXT_LENGTH <= tokens <= MAX_SIZE
             _require(fits, f"text_lengths.{length}", tokens, f"must lie in {MIN_TEXT_LENGTH} … {MAX_SIZE}")
             self.clip_size(length)
 
-    def clip_size(self, length: str) -> ClipSize:
-        """The clip of a length name such as "9s". Raises ConfigError where its tokens do not divide."""
-        transformer = self.transformer
-        known = length in self.text_lengths and length in SCENES_PER_LENGTH
-        _require(known, "length", length, f"must be one of {', '.join(self.text_lengths)}")
-        num_scenes = SCENES_PER_LENGTH[length]
-        size = ClipSize(
-            num_scenes=num_scenes,
-            num_frames=transformer.attn_length * num_scenes + transformer.prefix_temporal_length,
-            height=self.height // self.vae.spatial_factor,
-            width=self.width // self.vae.spatial_factor,
-            text_length=self.text_lengths[length],
-        )
+    def clip_size(self, length: LengthName) -> ClipSize:
+        """The clip of a length such as "9s". Raises ConfigError where its tokens do not divide."""
+        size = self._clip(length, self.text_length(length))
         window = self.vae.temporal_window
         cure = f"must be one more than a multiple of vae.temporal_window {window}"
         _require(size.num_frames % window == 1, f"latent frames of a {length} video", size.num_frames, cure)
-        tokens, mini_batch = size.num_tokens(transformer.patch_size), transformer.mini_batch_size
+        tokens, mini_batch = size.num_tokens(self.transformer.patch_size), self.transformer.mini_batch_size
         cure = f"must be a multiple of mini_batch_size {mini_batch}; change text_lengths.{length}, width or height"
         _require(tokens % mini_batch == 0, f"tokens of a {length} video", tokens, cure)
         return size
+
+    def text_length(self, length: LengthName) -> int:
+        """Tokens kept per scene, N: stated, else the most with which the clip fills whole mini-batches.
+
+        That is the largest N, up to the largest that is stated, for which S·N text tokens and the video's fill
+        mini-batches of both 64 and `mini_batch_size`, else of `mini_batch_size` alone. Raises ConfigError where there
+        is none: with 1350 tokens a frame, as at 720x480, no number of scenes that 4 divides has one.
+        """
+        if length in self.text_lengths:
+            return self.text_lengths[length]
+        found = self._fitting_text_length(num_scenes(length))
+        if found is not None:
+            return found
+        scenes = num_scenes(length)
+        fitting = [other for other in range(1, MAX_SCENES + 1) if self._fitting_text_length(other) is not None]
+        near = sorted(sorted(fitting, key=lambda other: abs(other - scenes))[:2])
+        cure = f"take {' or '.join(map(length_name, near))}" if near else "change width or height"
+        raise ConfigError(
+            f"length is {length!r}: with {scenes} scenes of {self.width}x{self.height} no text length fills whole "
+            f"mini-batches of {self.transformer.mini_batch_size} tokens (mini_batch_size); {cure}"
+        )
+
+    def stating(self, lengths: Iterable[LengthName]) -> "ModelConfig":
+        """This model with the text length of each of `lengths` stated; equal to it where they are."""
+        return replace(self, text_lengths=self.text_lengths | {length: self.text_length(length) for length in lengths})
+
+    def _clip(self, length: LengthName, text_length: int) -> ClipSize:
+        scenes = num_scenes(length)
+        return ClipSize(
+            num_scenes=scenes,
+            num_frames=self.transformer.attn_length * scenes + self.transformer.prefix_temporal_length,
+            height=self.height // self.vae.spatial_factor,
+            width=self.width // self.vae.spatial_factor,
+            text_length=text_length,
+        )
+
+    def _fitting_text_length(self, scenes: int) -> int | None:
+        most, mini_batch = max(self.text_lengths.values()), self.transformer.mini_batch_size
+        video = self._clip(length_name(scenes), 0).num_tokens(self.transformer.patch_size)
+        for step in (lcm(KERNEL_TOKENS, mini_batch), mini_batch):
+            # What a text length leaves over repeats after `step` of them.
+            least = max(MIN_TEXT_LENGTH, most - step + 1)
+            found = next((n for n in range(most, least - 1, -1) if (scenes * n + video) % step == 0), None)
+            if found is not None:
+                return found
+        return None
 
     def num_video_frames(self, size: ClipSize) -> int:
         """Decoded frames of a clip: one for the first latent frame, `temporal_factor` for every other."""

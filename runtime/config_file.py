@@ -1,4 +1,7 @@
-"""Config files: how to export a model, in TOML, laid over a preset. `docs/formats.md` lists the fields."""
+"""Config files: how to export a model, in TOML, laid over a preset. `docs/formats.md` lists the fields.
+
+Those of the public TTT-Video code are taken as well: `public_config.py` puts them into the form of ours.
+"""
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +14,10 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from ttt_video_engine.runtime import presets
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, LengthName, ModelConfig, TTTKind
+from ttt_video_engine.runtime.config import LengthName, ModelConfig, TTTKind, num_scenes
 from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError, hint
+from ttt_video_engine.runtime.public_config import export_table, is_public, with_placeholders_quoted
 from ttt_video_engine.runtime.settings import Seed
 
 MAX_FILE_BYTES = 64 << 10
@@ -25,6 +29,7 @@ class ExportConfig(Struct, frozen=True, kw_only=True):
     """What to export. Every length is one that the model can have; `seed` is that of random weights.
 
     `vae_scale_stated` says that an option or the file states the VAE scale factor, so a checkpoint does not change it.
+    `warnings` are lines about a file of the public code: what of it has no meaning here.
     """
 
     model: ModelConfig
@@ -32,6 +37,7 @@ class ExportConfig(Struct, frozen=True, kw_only=True):
     dtype: DType
     seed: int
     vae_scale_stated: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_config(
@@ -51,9 +57,9 @@ def resolve_config(
     The model is the preset, made for the kind of TTT, then the file's fields, then `width` and `height` in pixels and
     the `scale_factor` of the VAE. Raises ConfigError, which names the file where there is one, and the field.
     """
-    table = {} if path is None else _read(path)
+    table, warnings = ({}, []) if path is None else _read(path)
     size = {name: pixels for name, pixels in (("width", width), ("height", height)) if pixels is not None}
-    with _naming(path):
+    with naming(path):
         stated = msgspec.convert(table, _Stated)
         kind = _kind(stated, ttt)
     base = presets.preset(preset or stated.preset or "tiny", kind)
@@ -64,7 +70,7 @@ def resolve_config(
     if vae_scale_factor is not None:
         options.append(f"--vae-scale-factor {vae_scale_factor}")
     # What is asked for may be what does not fit the file: the error names both.
-    with _naming(path, *options):
+    with naming(path, *options):
         model = msgspec.convert(merged, ModelConfig)
         if vae_scale_factor is not None:
             model = replace(model, vae=replace(model.vae, scale_factor=vae_scale_factor))
@@ -77,6 +83,7 @@ def resolve_config(
         dtype=DTYPES[dtype or stated.dtype or "float32"],
         seed=next(value for value in (seed, stated.seed, 0) if value is not None),
         vae_scale_stated=vae_scale_factor is not None or "scale_factor" in table.get("vae", {}),
+        warnings=tuple(f"{path}: {warning}" for warning in warnings),
     )
 
 
@@ -101,6 +108,12 @@ class _Stated(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.preset is not None:
             presets.preset(self.preset)  # raises for a name that is not there
+        for number, length in enumerate(self.lengths or (), 1):
+            try:
+                num_scenes(length)
+            except ConfigError as error:
+                place = f"length[{number - 1}], " if isinstance(self.length, list) else ""
+                raise ConfigError(f"{place}{error}") from error
 
     @property
     def lengths(self) -> list[LengthName] | None:
@@ -113,11 +126,21 @@ def _names(struct: type[Struct]) -> Table:
     return {name: _names(kind) if isinstance(kind, type) and issubclass(kind, Struct) else {} for name, kind in nested}
 
 
-_KNOWN = _names(_Stated) | _names(ModelConfig) | {"text_lengths": {length: {} for length in SCENES_PER_LENGTH}}
+_KNOWN = _names(_Stated) | _names(ModelConfig)
 
 
-def _read(path: Path) -> Table:
-    """The content of a file in which every name is known."""
+def _read(path: Path) -> tuple[Table, list[str]]:
+    """The content of a file in our form, in which every name is known, and warnings."""
+    table, warnings = read_toml(path), list[str]()
+    with naming(path):
+        if is_public(table):
+            table, warnings = export_table(table)
+        _check_names(table, _KNOWN, "")
+    return table, warnings
+
+
+def read_toml(path: Path) -> Table:
+    """The content of a TOML file. Raises ConfigError where it is too large or no TOML."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -126,12 +149,10 @@ def _read(path: Path) -> Table:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: is over {MAX_FILE_BYTES >> 10} KiB; give a TOML file of sizes and options")
     try:
-        table = tomllib.loads(content.decode("utf-8-sig"))  # some editors put a byte order mark first
+        text = content.decode("utf-8-sig")  # some editors put a byte order mark first
+        return tomllib.loads(with_placeholders_quoted(text))
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested a thousand deep
         raise ConfigError(f"{path}: is not TOML ({error}); see docs/formats.md") from error
-    with _naming(path):
-        _check_names(table, _KNOWN, "")
-    return table
 
 
 def _check_names(table: Table, known: Mapping[str, Table], place: str) -> None:
@@ -171,7 +192,7 @@ def _overlay(base: Table, over: Table) -> Table:
 
 
 @contextmanager
-def _naming(path: Path | None, *options: str) -> Iterator[None]:
+def naming(path: Path | None, *options: str) -> Iterator[None]:
     """Makes what is wrong a ConfigError that starts with the file, and with the options that go before it."""
     place = "" if path is None else f"{', '.join((str(path), *options))}: "
     try:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.config import MAX_SCENES, length_name, num_scenes
 from ttt_video_engine.runtime.errors import StoryboardError, hint
 
 MAX_FILE_BYTES = 16 << 20
 MAX_VIDEOS = 10_000
-MAX_SCENES = max(SCENES_PER_LENGTH.values())
 MAX_TEXT = 20_000
 """Limits of a file, each far beyond what is rendered: a scene keeps about 500 tokens, some 2,500 characters."""
 
@@ -70,13 +69,13 @@ def length_of(storyboard: Storyboard, available: Collection[str]) -> str:
     Raises StoryboardError where that is not one of the `available` lengths of the bundle.
     """
     count = len(storyboard.scenes)
-    length = next((name for name, num_scenes in SCENES_PER_LENGTH.items() if num_scenes == count), None)
-    if length in available and length is not None:
+    length = length_name(count)
+    if length in available:
         return length
-    rendered = " or ".join(f"{n} ({name})" for name, n in SCENES_PER_LENGTH.items() if name in available)
-    cure = "add or remove scenes" + (f", or export the bundle with `export --length {length}`" if length else "")
+    rendered = " or ".join(f"{num_scenes(name)} ({name})" for name in sorted(available, key=num_scenes))
     raise StoryboardError(
-        f"{storyboard.source}: {_scene_count(count)}, but the bundle renders {rendered or 'no length'}; {cure}"
+        f"{storyboard.source}: has {_scene_count(count)}, but the bundle renders {rendered or 'no length'}; to add "
+        f"{length}, run `ttt-video export --length {length}` with the options that made the bundle; weights stay"
     )
 
 
@@ -85,12 +84,16 @@ _Video = tuple[str, tuple[Scene, ...]]
 
 
 def check_length(storyboards: list[Storyboard], length: str) -> None:
-    """Raises StoryboardError unless every storyboard has as many scenes as a video of `length`."""
+    """Raises StoryboardError unless every storyboard has as many scenes as a video of `length`.
+
+    Raises ConfigError for a length that no video can have.
+    """
+    scenes = num_scenes(length)
     for storyboard in storyboards:
-        if len(storyboard.scenes) != SCENES_PER_LENGTH[length]:
+        if len(storyboard.scenes) != scenes:
             raise StoryboardError(
                 f"{storyboard.source}: has {_scene_count(len(storyboard.scenes))}, a {length} video has "
-                f"{SCENES_PER_LENGTH[length]}; change the scenes or --length"
+                f"{scenes}; change the scenes or --length"
             )
 
 
@@ -233,13 +236,13 @@ def _scene(value: object, where: str) -> Scene:
     if not isinstance(transition, bool | None):
         raise StoryboardError(f"{where}, requires_scene_transition: found {_shown(transition)}; must be true or false")
     return Scene(
-        text=_string(value["text"], f"{where}, text"),
+        text=check_text(value["text"], f"{where}, text"),
         requires_scene_transition=bool(transition),
-        neg_text="" if neg_text is None else _string(neg_text, f"{where}, neg_text"),
+        neg_text="" if neg_text is None else check_text(neg_text, f"{where}, neg_text"),
     )
 
 
-def _string(value: object, where: str) -> str:
+def check_text(value: object, where: str) -> str:
     """Text that the tokenizer can take. Control characters other than NUL are left to it: T5's drops them."""
     if not isinstance(value, str):
         raise StoryboardError(f"{where}: found {_shown(value)}; must be a string in quotes")

@@ -97,6 +97,10 @@ class SceneTokenizer:
             truncations.append(self._fill(negative[index], scene.neg_text, [], [self._end], number, "neg_text"))
         return EncodedPrompts(positive, negative, tuple(cut for cut in truncations if cut is not None))
 
+    def num_tokens(self, row: NDArray[np.int64]) -> int:
+        """Tokens of a row [N] before its padding."""
+        return int(np.count_nonzero(row != self._pad))
+
     def _fill(
         self, row: NDArray[np.int64], text: str, head: list[int], tail: list[int], scene: int, field: str
     ) -> Truncation | None:

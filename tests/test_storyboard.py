@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from messages import column, holds, line, names, numbers, refused_with, scene, video
+from messages import column, line, names, numbers, refused_with, scene, video
 
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
 from ttt_video_engine.runtime.errors import StoryboardError
@@ -170,15 +170,14 @@ def test_length_by_number_of_scenes(length: str, num_scenes: int) -> None:
 @pytest.mark.parametrize(
     ("num_scenes", "available", "values"),
     [
-        (2, ["9s", "3s"], (2, 1, "3s", 3, "9s")),
+        (2, ["9s", "3s"], (2, 1, "3s", 3, "9s", "export", "--length 6s")),
         (3, ["3s"], (3, 1, "3s", "export", "--length 9s")),
         (1, [], (1, "export", "--length 3s")),
     ],
 )
 def test_length_that_the_bundle_lacks(num_scenes: int, available: list[str], values: tuple[object, ...]) -> None:
-    with refused_with(StoryboardError, "kitchen.json", *values) as caught:
+    with refused_with(StoryboardError, "kitchen.json", *values):
         length_of(storyboard_of(num_scenes), available)
-    assert holds(str(caught.value), "--length") == (num_scenes in (1, 3))
 
 
 def test_examples_have_the_length_they_are_named_after() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ttt_video_engine.runtime import storyboard as module
+from ttt_video_engine.runtime.config import MAX_SCENES
 from ttt_video_engine.runtime.errors import StoryboardError
-from ttt_video_engine.runtime.storyboard import MAX_FILE_BYTES, MAX_SCENES, MAX_TEXT, MAX_VIDEOS, load_storyboards
+from ttt_video_engine.runtime.storyboard import MAX_FILE_BYTES, MAX_TEXT, MAX_VIDEOS, load_storyboards
 
 Run = Callable[..., tuple[int, str, str]]
 A_VIDEO = '[{"text": "a"}]'

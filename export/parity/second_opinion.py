@@ -25,7 +25,7 @@ from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.export.parity.gate import TOLERANCES
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, VAE_NEXT, Bundle, transformer_graph_name
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
+from ttt_video_engine.runtime.config import num_scenes
 from ttt_video_engine.runtime.errors import BackendError, OutputError
 from ttt_video_engine.runtime.files import writing
 from ttt_video_engine.runtime.runner import Array, Runner, TensorSpec
@@ -67,7 +67,7 @@ def second_opinions(bundle: Bundle, output: Path) -> Iterator[Opinion]:
 
 
 def _opinions(bundle: Bundle, output: Path, load: OnnxRuntimeLoader) -> Iterator[Opinion]:
-    shortest = min(bundle.manifest.lengths, key=SCENES_PER_LENGTH.__getitem__)
+    shortest = min(bundle.manifest.lengths, key=num_scenes)
     for graph in (TEXT_ENCODER, transformer_graph_name(shortest), VAE_FIRST, VAE_NEXT):
         folder = output / graph
         with writing(folder), G_LOGGER.verbosity():

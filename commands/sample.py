@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import onnxruntime as ort
 import typer
@@ -16,8 +16,10 @@ from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
 from ttt_video_engine.commands.streams import LossyStream
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
+from ttt_video_engine.planning.bundle_options import explain_bundle_options
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
+from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
 from ttt_video_engine.runtime.events import (
     Event,
@@ -33,20 +35,46 @@ from ttt_video_engine.runtime.files import writing
 from ttt_video_engine.runtime.jobs import Job, in_shard
 from ttt_video_engine.runtime.phases import RenderOptions
 from ttt_video_engine.runtime.pipeline import Pipeline
+from ttt_video_engine.runtime.prompts import storyboard_of_prompts, with_negative_prompt
+from ttt_video_engine.runtime.public_config import SamplingOptions
+from ttt_video_engine.runtime.sampling_file import sampling_options
 from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.user_cache import cache_folder
 
 _GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
+_PROMPTS, _BUNDLE = "Prompts", "What the bundle must have"
+
+T = TypeVar("T")
 
 
 def sample(
-    storyboards: Annotated[list[Path], typer.Argument(help="JSON or JSONL files of scenes.", show_default=False)],
     bundle: BundleOption,
-    output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it.")] = Path("output"),
-    num_steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="50")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance at its strongest.", show_default="6")] = None,
+    storyboards: Annotated[
+        list[Path] | None,
+        typer.Argument(help="JSON or JSONL files of scenes (eval.input_file).", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of a scene, in place of a file; once for each scene.", rich_help_panel=_PROMPTS),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="For scenes without neg_text.", rich_help_panel=_PROMPTS)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of the public code: its sampling part. Options override it (job.config_file)."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it (eval.output_dir).")] = Path(
+        "output"
+    ),
+    num_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps (eval.num_denoising_steps).", show_default="50")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance at its strongest (guider.scale).", show_default="6")
+    ] = None,
     guidance: Annotated[
         Guidance | None,
         typer.Option(help="dynamic grows from 1 to the scale; upstream is the public code's.", show_default="dynamic"),
@@ -54,8 +82,12 @@ def sample(
     sampler: Annotated[
         Sampler | None, typer.Option(help="dpmpp-2m-sde is what the public code runs.", show_default="ddim")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.", show_default="16")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", min=0, max=MAX_SEED, show_default="42")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the mp4 (eval.sampling_fps).", show_default="16")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise (job.seed).", min=0, max=MAX_SEED, show_default="42")
+    ] = None,
     length: Annotated[LengthName | None, typer.Option(help="States the length that the scenes must make.")] = None,
     engine: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
     provider: Annotated[
@@ -69,6 +101,23 @@ def sample(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels that the bundle must have (eval.image_width).", rich_help_panel=_BUNDLE)
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels that the bundle must have (eval.image_height).", rich_help_panel=_BUNDLE)
+    ] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Latent frames that the scenes must make, 13 for 3 s (eval.sampling_num_frames).",
+            rich_help_panel=_BUNDLE,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Precision that the bundle must have (eval.dtype).", rich_help_panel=_BUNDLE),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start videos anew that exist or were begun.")] = False,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_GOING_ON)
@@ -78,9 +127,7 @@ def sample(
     ] = None,
     preview_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps from one preview.png to the next.", min=1, rich_help_panel=_FILES
-        ),
+        typer.Option(help="Steps from one preview.png to the next.", min=1, rich_help_panel=_FILES),
     ] = None,
     keep_latents: Annotated[
         bool, typer.Option(help="Keep the finished latents beside the video.", rich_help_panel=_FILES)
@@ -98,22 +145,33 @@ def sample(
 ) -> None:
     """Render the videos of storyboard files. The same command again goes on where it was."""
 
-    boards = [board for path in storyboards for board in load_storyboards(path)]
-    if length is not None:
-        check_length(boards, length)
-    boards = _part(boards, shard)
+    boards = _storyboards(storyboards or [], prompt or [], negative_prompt)
+    stated = SamplingOptions() if config is None else sampling_options(config)
+    for warning in stated.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     opened = open_bundle(bundle)
+    framed = explain_bundle_options(
+        opened,
+        width=_first(width, stated.width),
+        height=_first(height, stated.height),
+        num_frames=_first(num_frames, stated.num_frames),
+        dtype=_first(dtype, stated.dtype),
+    )
+    for asked_length in (length, framed):
+        if asked_length is not None:
+            check_length(boards, asked_length)
+    boards = _part(boards, shard)
     settings = opened.manifest.defaults
     low_memory = low_memory or settings.low_memory
     loader = make_loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
     opened.check()
     asked = {
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
+        "num_steps": _first(num_steps, stated.num_steps),
+        "guidance_scale": _first(guidance_scale, stated.guidance_scale),
         "guidance": guidance,
         "sampler": sampler,
-        "fps": fps,
-        "seed": seed,
+        "fps": _first(fps, stated.fps),
+        "seed": _first(seed, stated.seed),
         "low_memory": low_memory,
     }
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
@@ -158,6 +216,21 @@ def _report(outcomes: dict[str, Outcome]) -> None:
     match list(outcomes.values()):
         case [VideoBusy(message=message)]:
             raise RenderBusy(message)
+
+
+def _storyboards(paths: list[Path], prompts: list[str], negative_prompt: str | None) -> list[Storyboard]:
+    """The videos of the files, or the one that is typed. Raises ConfigError unless it is one of the two."""
+    if bool(paths) == bool(prompts):
+        raise ConfigError("sample takes STORYBOARD files or --prompt; give one of the two")
+    boards = [storyboard_of_prompts(prompts)] if prompts else [one for path in paths for one in load_storyboards(path)]
+    if negative_prompt is None:
+        return boards
+    return [with_negative_prompt(board, negative_prompt) for board in boards]
+
+
+def _first(option: T | None, stated: T | None) -> T | None:
+    """What the command line states, else the file."""
+    return stated if option is None else option
 
 
 def _part(boards: list[Storyboard], shard: str | None) -> list[Storyboard]:

@@ -28,8 +28,10 @@ from ttt_video_engine.runtime.events import (
     VideoStopped,
     WindowDecoded,
 )
+from ttt_video_engine.runtime.files import atomic_write
 from ttt_video_engine.runtime.jobs import Job
 from ttt_video_engine.runtime.preview import preview_frames
+from ttt_video_engine.runtime.prompts import PROMPTS, prompt_text
 from ttt_video_engine.runtime.render_folder import CONTACT, PREVIEW, TEXT, VIDEO, begin, is_done, remove_states
 from ttt_video_engine.runtime.run_record import changes, read_record
 from ttt_video_engine.runtime.runner import RunnerLoader
@@ -96,6 +98,8 @@ def encode_text(queue: Queue, job: Job, load: Load) -> None:
     if is_done(job.folder) and not job.overwrite:
         return
     begin(job.folder, job.record, overwrite=job.overwrite)
+    with atomic_write(job.folder / PROMPTS) as partial:
+        partial.write_text(prompt_text(job.storyboard), encoding="utf-8")
     for message in job.warnings:
         queue.emit(RenderWarning(job.name, message))
     for change in _changes(job):

@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+
 from ttt_video_engine.runtime.bundle import VAE_FIRST, Bundle
 from ttt_video_engine.runtime.stages import Load
 from ttt_video_engine.runtime.video import to_frames

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from ttt_video_engine.runtime.errors import OutputError, RenderBusy
 from ttt_video_engine.runtime.files import atomic_write, check_folder, writing
+from ttt_video_engine.runtime.prompts import PROMPTS
 from ttt_video_engine.runtime.run_record import RECORD, RunRecord, differences, read_record, write_record
 from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
 
@@ -24,7 +25,7 @@ TEXT, VIDEO, CONTACT, PREVIEW = "text.safetensors", "video.mp4", "contact.png", 
 SIDECAR, FAILURE, LOCK = "video.json", "error.json", ".lock"
 FAILURE_VERSION = 1
 
-_PRODUCTS = (FAILURE, TEXT, HISTORY, LATENTS, VIDEO, CONTACT, PREVIEW, RECORD)
+_PRODUCTS = (FAILURE, PROMPTS, TEXT, HISTORY, LATENTS, VIDEO, CONTACT, PREVIEW, RECORD)
 _PARTIAL = re.compile(
     r"\.(?:state-\d{4,}\.safetensors|" + "|".join(re.escape(name) for name in (*_PRODUCTS, SIDECAR)) + r")"
     r"\.\d+\.partial\.\w+",

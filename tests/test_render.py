@@ -197,4 +197,6 @@ def test_an_interruption_leaves_what_the_next_run_needs(shared_bundle: Path, tmp
                 break
         stdout, rest = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, ""), "".join(seen) + rest
-    assert TRACE not in rest and files_in(tmp_path / "out") == ["bear/latents.safetensors", "bear/run.json"]
+    assert TRACE not in rest and files_in(tmp_path / "out") == [
+        f"bear/{name}" for name in ("history.json", "latents.safetensors", "run.json")
+    ]

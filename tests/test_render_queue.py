@@ -1,8 +1,10 @@
 """Many videos in one call: each on its own, every graph loaded once, several processes on one folder."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ttt_video_engine.runtime.events import (
     VideoDone,
     VideoFailed,
     VideoSkipped,
+    WindowDecoded,
     to_json,
 )
 from ttt_video_engine.runtime.jobs import in_shard
@@ -128,20 +131,22 @@ def test_a_failed_video_holds_no_arrays(shared_bundle: Path, tmp_path: Path) -> 
 
 
 def test_memory_does_not_grow_with_the_number_of_videos(shared_bundle: Path, tmp_path: Path) -> None:
-    """At each step, the arrays of one video are alive: as many of the latents' shape in the last as in the first."""
-    import gc
+    """At any step and window, no array of an earlier video is alive."""
+    seen: list[tuple[str, weakref.ref[Any]]] = []
 
-    alive: list[int] = []
-
-    def count(event: Event) -> None:
-        if isinstance(event, StepDone) and event.steps_done == 2:
+    def watch(event: Event) -> None:
+        arrays = {
+            StepDone: lambda: (event.latents, event.denoised),  # type: ignore[attr-defined]
+            WindowDecoded: lambda: (event.frames,),  # type: ignore[attr-defined]
+        }
+        if type(event) in arrays:
             gc.collect()
-            size = event.latents.nbytes
-            tracked = (value for value in gc.get_objects() if isinstance(value, StepDone))
-            alive.append(sum(1 for value in tracked if value.latents.nbytes == size))
+            alive = {video for video, array in seen if array() is not None}
+            assert alive <= {event.video}
+            seen.extend((event.video, weakref.ref(array)) for array in arrays[type(event)]())
 
-    render(shared_bundle, tmp_path, *(board(f"v{number}") for number in range(12)), on_event=count)
-    assert len(alive) == 12 and max(alive) == 1
+    render(shared_bundle, tmp_path, *(board(f"v{number}") for number in range(3)), on_event=watch)
+    assert len(seen) == 3 * (4 * 2 + 6)
 
 
 def test_what_the_caller_raises_is_not_taken_for_a_failure_of_the_video(shared_bundle: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from messages import names
 from stand_in import StandInLoader, board, files_in, products, render, steps_of, storyboard_file
 
+from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.events import (
@@ -251,6 +252,24 @@ def test_killed_at_any_moment_it_comes_to_the_same_bits(shared_bundle: Path, tmp
     render(shared_bundle, tmp_path / "cut", settings=settings)
     assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")
     assert files_in(tmp_path / "cut/bear") == ["latents.safetensors", "run.json", "video.json", "video.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_first_signal_is_noted_and_the_second_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signals.check(Event("bear"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        with pytest.raises(StopRendering):
+            signals.check(Event("bear"))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_command_that_goes_on_neither_starts_anew_nor_stops_again() -> None:
+    arguments = ["sample", "a b.json", "--stop-after", "3", "--overwrite", "--seed", "7", "--stop-after=4"]
+    assert command_that_goes_on("ttt-video", arguments) == "ttt-video sample 'a b.json' --seed 7"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -44,7 +44,9 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Of all that fixes the video; every file from which a render goes on is bound to it."""
-        return hashlib.sha256(msgspec.json.encode(_fixed(self), order="deterministic")).hexdigest()
+        # Through JSON, as it is read back: a rate of 16 is 16.0 there.
+        same = msgspec.json.decode(msgspec.json.encode(self), type=RunRecord)
+        return hashlib.sha256(msgspec.json.encode(_fixed(same), order="deterministic")).hexdigest()
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -13,12 +13,11 @@ from ttt_video_engine.runtime.settings import Settings
 
 def test_a_preview_after_every_n_steps_and_where_it_stops(shared_bundle: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    settings = Settings(num_steps=7)
     outcomes = render(
         shared_bundle,
         tmp_path,
         board("bear", "A bear."),
-        settings=settings,
+        settings=Settings(num_steps=7),
         on_event=events.append,
         preview_every=2,
         stop_after=5,

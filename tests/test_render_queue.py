@@ -135,15 +135,17 @@ def test_memory_does_not_grow_with_the_number_of_videos(shared_bundle: Path, tmp
     seen: list[tuple[str, weakref.ref[Any]]] = []
 
     def watch(event: Event) -> None:
-        arrays = {
-            StepDone: lambda: (event.latents, event.denoised),  # type: ignore[attr-defined]
-            WindowDecoded: lambda: (event.frames,),  # type: ignore[attr-defined]
-        }
-        if type(event) in arrays:
-            gc.collect()
-            alive = {video for video, array in seen if array() is not None}
-            assert alive <= {event.video}
-            seen.extend((event.video, weakref.ref(array)) for array in arrays[type(event)]())
+        match event:
+            case StepDone():
+                arrays = [event.latents, event.denoised]
+            case WindowDecoded():
+                arrays = [event.frames]  # type: ignore[list-item]  # of bytes
+            case _:
+                return
+        gc.collect()
+        alive = {video for video, array in seen if array() is not None}
+        assert alive <= {event.video}
+        seen.extend((event.video, weakref.ref(array)) for array in arrays)
 
     render(shared_bundle, tmp_path, *(board(f"v{number}") for number in range(3)), on_event=watch)
     assert len(seen) == 3 * (4 * 2 + 6)

@@ -79,10 +79,14 @@ def _report_unexpected(error: BaseException, debug: bool) -> int:
 
 
 def _from_interrupt(error: BaseException | None) -> bool:
-    """Whether the error is Ctrl-C or was caused by it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    """Returns whether Ctrl-C is the error, or caused it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a chain of causes may be a circle
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 if __name__ == "__main__":

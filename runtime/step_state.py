@@ -5,6 +5,7 @@ A sampler's step depends on the latents, on the x0 of the step before and, where
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def states_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+@contextmanager
+def naming_what_is_kept(folder: Path) -> Iterator[None]:
+    """Adds to an OutputError which state the render goes on from."""
+    try:
+        yield
+    except OutputError as error:
+        kept = next(iter(states_in(folder).values()), None)
+        raise OutputError(f"{error} ({f'{kept.name} is kept' if kept else 'no earlier step is kept'})") from error
+
+
 def save_state(folder: Path, state: StepState, run: str) -> None:
     """Adds a state to the folder, then removes all but the newest two. `run` is the digest of what is rendered.
 
@@ -83,11 +94,8 @@ def save_state(folder: Path, state: StepState, run: str) -> None:
         "generator": state.generator,
         "history": msgspec.to_builtins(state.history),
     }
-    try:
+    with naming_what_is_kept(folder):
         save_tensors(state_path(folder, state.steps_done), {"latents": step.latents, "denoised": step.denoised}, facts)
-    except OutputError as error:
-        kept = next(iter(states_in(folder).values()), None)
-        raise OutputError(f"{error} ({f'{kept.name} is kept' if kept else 'no earlier step is kept'})") from error
     for path in list(states_in(folder).values())[KEPT:]:
         path.unlink(missing_ok=True)
 
@@ -124,9 +132,10 @@ def save_latents(folder: Path, latents: Array, history: History, run: str) -> No
 
     Their history goes into a file of its own before. Raises OutputError where the disk is full or fails.
     """
-    with atomic_write(folder / HISTORY) as partial:
-        partial.write_bytes(msgspec.json.encode(history) + b"\n")
-    save_tensors(folder / LATENTS, {"latents": latents}, {"run": run})
+    with naming_what_is_kept(folder):
+        with atomic_write(folder / HISTORY) as partial:
+            partial.write_bytes(msgspec.json.encode(history) + b"\n")
+        save_tensors(folder / LATENTS, {"latents": latents}, {"run": run})
 
 
 def load_latents(folder: Path, shape: tuple[int, ...], run: str) -> Array:

@@ -1,0 +1,1 @@
+"""A demo model: procedural clips, its training and the judge of what it renders."""

@@ -1,0 +1,42 @@
+"""Writes a checkpoint folder that `ttt-video export --checkpoint` reads, from a folder of training:
+
+    python -m demo.export_checkpoint --output DIR
+
+makes DIR/checkpoint from the averaged weights in DIR/transformer.pt and DIR/vae.pt, in float16.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from demo.command_line import output_folder
+from demo.files import load
+from demo.text import FOLDER as TOKENIZER
+
+
+def export_checkpoint(training: Path, checkpoint: Path) -> None:
+    """From the folder of a training to transformer/, vae/, text_encoder/ and tokenizer/, names as published."""
+    both = load(training / "transformer.pt")["average"]
+    decoder = load(training / "vae.pt")["average"]
+    _write(checkpoint / "transformer", _under(both, "transformer."))
+    _write(checkpoint / "text_encoder", _under(both, "text_encoder.t5."))
+    _write(checkpoint / "vae", {f"decoder.{name}": value for name, value in decoder.items()})
+    shutil.copytree(TOKENIZER, checkpoint / "tokenizer", dirs_exist_ok=True)
+
+
+def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _write(folder: Path, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.to(torch.float16).contiguous() for name, value in sorted(weights.items())}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    folder = output_folder(__doc__)
+    export_checkpoint(folder, folder / "checkpoint")

@@ -1,0 +1,32 @@
+"""Noise for training: x = a·x0 + s·e with s = sqrt(1 − a²), and the velocity to predict, v = a·e − s·x0."""
+
+import torch
+from torch import Generator, Tensor
+
+from ttt_video_engine.runtime.config import DiffusionConfig
+from ttt_video_engine.runtime.schedule import make_schedule
+
+_STEPS = DiffusionConfig().num_train_timesteps
+
+
+def alpha_table() -> Tensor:
+    """a of every timestep [1000], float32: 0 at the last, so sampling may start from noise alone."""
+    return torch.from_numpy(make_schedule(DiffusionConfig(), _STEPS).train_alpha_sqrt).float()
+
+
+def draw_timesteps(size: int, high: int, generator: Generator) -> Tensor:
+    """Timesteps [size] int64, one from each of `size` equal shares of the distribution.
+
+    Half of it is uniform, half lies at `high` or above, where the text decides what is seen.
+    """
+    share = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    low, high_half = share * 2 * _STEPS, high + (share * 2 - 1) * (_STEPS - high)
+    return torch.where(share < 0.5, low, high_half).long().clamp(max=_STEPS - 1)
+
+
+def add_noise(clean: Tensor, timesteps: Tensor, table: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Noised latents and their velocity, both of the shape of `clean` [B, …]."""
+    noise = torch.randn(clean.shape, generator=generator)
+    alpha = table[timesteps].view(-1, *[1] * (clean.dim() - 1))
+    sigma = (1 - alpha**2).sqrt()
+    return alpha * clean + sigma * noise, alpha * noise - sigma * clean

@@ -1,0 +1,49 @@
+"""The optimisers of the transformer and its text encoder."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from demo.model import DemoModel
+from demo.rates import rate_share
+
+_MUON_RATE, _ADAM_RATE = 0.01, 1e-3
+_CLIP = 1.0
+
+
+class Optimiser:
+    """Muon for the matrices of the layers, AdamW for everything else, under one schedule of learning rates."""
+
+    def __init__(self, model: DemoModel, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._weights = list(model.parameters())
+        matrices = [weight for name, weight in model.named_parameters() if _is_layer_matrix(name, weight)]
+        text = list(model.text_encoder.parameters())
+        chosen = {*matrices, *text}
+        others = [weight for weight in self._weights if weight not in chosen]
+        self._muon: Optimizer = torch.optim.Muon(matrices, lr=_MUON_RATE, weight_decay=0.01, ns_steps=4)
+        groups = [{"params": text}, {"params": others}]
+        self._adam: Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def step(self, step: int, text_rate: float) -> float:
+        """Applies the gradients and clears them; their norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self._weights, _CLIP)
+        share = rate_share(step, self._num_steps)
+        (layers,), (text, others) = self._muon.param_groups, self._adam.param_groups
+        layers["lr"], text["lr"], others["lr"] = share * _MUON_RATE, share * text_rate * _ADAM_RATE, share * _ADAM_RATE
+        for part in (self._muon, self._adam):
+            part.step()
+            part.zero_grad()
+        return float(norm)
+
+    def state_dict(self) -> list[dict[str, object]]:
+        return [self._muon.state_dict(), self._adam.state_dict()]
+
+    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+        for part, state in zip((self._muon, self._adam), states, strict=True):
+            part.load_state_dict(state)
+
+
+def _is_layer_matrix(name: str, weight: Tensor) -> bool:
+    """Those that multiply tokens; not the modulations, which start from zero."""
+    return weight.dim() == 2 and "transformer.layers." in name and "adaLN" not in name and "ttt_norm" not in name

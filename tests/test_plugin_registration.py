@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packages import tensorrt_rtx
 
 from ttt_video_engine.engines.tensorrt import plugin
-from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
+from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins
 from ttt_video_engine.runtime import ttt_op
 from ttt_video_engine.runtime.errors import BackendError
@@ -34,8 +35,7 @@ class Registry:
 
 def package(registry: Registry) -> TensorRT:
     """TensorRT-RTX itself but for its registry, of which a process has only one."""
-    pytest.importorskip("tensorrt_rtx")
-    real = load_package("tensorrt_rtx")
+    real = tensorrt_rtx()
     api = SimpleNamespace(**{name: getattr(real.api, name) for name in dir(real.api)})
     api.get_plugin_registry = lambda: registry
     return dataclasses.replace(real, api=api)

@@ -12,6 +12,7 @@ import pytest
 from messages import holds, names, refusal, refused_with
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from packages import tensorrt_rtx
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
@@ -59,8 +60,7 @@ without_gpu = pytest.mark.skipif(has_gpu(), reason="shows what is said where no 
 
 @pytest.fixture
 def package() -> Any:
-    pytest.importorskip("tensorrt_rtx")
-    return load_package("tensorrt_rtx")
+    return tensorrt_rtx()
 
 
 def add_engine(root: Path, version: str, content: bytes = b"an engine", **changes: Any) -> EngineFile:

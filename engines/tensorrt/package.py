@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
@@ -70,12 +71,16 @@ def load_package(name: PackageName) -> TensorRT:
     return TensorRT(name, api, api.__version__, _logger(api, errors), errors)
 
 
+@cache
 def _give_library_its_plain_name() -> None:
     """Loads TensorRT-RTX from a folder of links that has its library under two names.
 
     For a graph with plugins the parser opens `libtensorrt_rtx.so` in its own folder, and aborts the process where that
-    file is missing. The wheel (1.7) contains `libtensorrt_rtx.so.1` only.
+    file is missing. The wheel (1.7) contains `libtensorrt_rtx.so.1` only. Raises BackendError where other code has
+    imported the package already: its library is loaded from the wheel then, and the abort could not be prevented.
     """
+    if "tensorrt_rtx" in sys.modules:
+        raise BackendError("tensorrt_rtx was imported by other code first; call load_package before that import")
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
         return  # not from a wheel; a system package has all names

@@ -68,9 +68,9 @@ def test_a_place_that_cannot_be_replaced_is_refused_before_any_work(
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
     monkeypatch.setattr(files, "_mount_points", lambda: {str(bound)})
     for place, why in {
-        ".": "runs in",
-        "..": "runs in",
-        str(here): "runs in",
+        ".": "current folder",
+        "..": "current folder",
+        str(here): "current folder",
         str(mount): "mount point",
         str(bound): "mount point",
         str(loop): "",

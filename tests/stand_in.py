@@ -19,6 +19,10 @@ from ttt_video_engine.runtime.storyboard import Scene, Storyboard
 Arrays = Mapping[str, NDArray[Any]]
 
 
+DONE = ["contact.png", "latents.safetensors", "prompt.txt", "run.json", "video.json", "video.mp4"]
+"""Files of a video that is done."""
+
+
 class StandIn:
     """A graph: smooth functions of the inputs, so that a difference anywhere is one in the result."""
 

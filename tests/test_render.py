@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from messages import TRACE, WARNING, names, scene
 from numpy.typing import NDArray
+from stand_in import DONE
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime.bundle import TOKENIZER, open_bundle
@@ -62,7 +63,7 @@ def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) 
     assert (code, stdout) == (0, f"video: {video}\n")
     (warning,) = [line for line in err.splitlines() if line.startswith(WARNING)]
     names(warning, "bear.json", scene(2), "text", 152)
-    assert files_in(out) == [f"bear/{name}" for name in ("latents.safetensors", "run.json", "video.json", "video.mp4")]
+    assert files_in(out) == [f"bear/{name}" for name in DONE]
 
     with av.open(video) as container:
         stream = container.streams.video[0]
@@ -198,5 +199,5 @@ def test_an_interruption_leaves_what_the_next_run_needs(shared_bundle: Path, tmp
         stdout, rest = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, ""), "".join(seen) + rest
     assert TRACE not in rest and files_in(tmp_path / "out") == [
-        f"bear/{name}" for name in ("history.json", "latents.safetensors", "run.json")
+        f"bear/{name}" for name in ("history.json", "latents.safetensors", "prompt.txt", "run.json")
     ]

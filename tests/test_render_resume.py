@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from messages import names
-from stand_in import StandInLoader, board, files_in, products, render, steps_of, storyboard_file
+from stand_in import DONE, StandInLoader, board, files_in, products, render, steps_of, storyboard_file
 
 from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
 from ttt_video_engine.runtime.bundle import open_bundle
@@ -64,7 +64,7 @@ def test_ended_after_each_step_it_comes_to_the_same_bits(
     assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")
     sidecar = json.loads((tmp_path / "cut/bear/video.json").read_bytes())
     assert sidecar["resumed"] == [1, 2, 3] and set(sidecar["seconds"]) == {"text", "denoise", "decode"}
-    assert files_in(tmp_path / "cut/bear") == ["latents.safetensors", "run.json", "video.json", "video.mp4"]
+    assert files_in(tmp_path / "cut/bear") == DONE
 
 
 @BOTH
@@ -90,7 +90,7 @@ def test_ended_while_it_decodes_it_decodes_again_and_runs_no_step(shared_bundle:
             raise StopRendering
 
     render(shared_bundle, tmp_path / "cut", on_event=end)
-    assert files_in(tmp_path / "cut/bear") == ["history.json", "latents.safetensors", "run.json"]
+    assert files_in(tmp_path / "cut/bear") == ["history.json", "latents.safetensors", "prompt.txt", "run.json"]
     loader = StandInLoader(open_bundle(shared_bundle))
     render(shared_bundle, tmp_path / "cut", loader=loader)
     assert loader.loaded == ["vae_decoder-first", "vae_decoder-next"]
@@ -224,7 +224,7 @@ def test_what_a_killed_process_left_half_written_is_removed(shared_bundle: Path,
 
 def test_latents_can_be_left_out(shared_bundle: Path, tmp_path: Path) -> None:
     render(shared_bundle, tmp_path, keep_latents=False)
-    assert files_in(tmp_path / "bear") == ["run.json", "video.json", "video.mp4"]
+    assert files_in(tmp_path / "bear") == [name for name in DONE if name != "latents.safetensors"]
 
 
 _KILLED = """
@@ -251,7 +251,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_bits(shared_bundle: Path, tmp
         )
     render(shared_bundle, tmp_path / "cut", settings=settings)
     assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")
-    assert files_in(tmp_path / "cut/bear") == ["latents.safetensors", "run.json", "video.json", "video.mp4"]
+    assert files_in(tmp_path / "cut/bear") == DONE
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -56,7 +56,7 @@ class RenderDisplay:
                     line(f"{event.video}: denoising")
                 update("denoise", 0, event.num_steps)
                 if event.steps_done:
-                    line(f"{event.video}: goes on after step {event.steps_done} of {event.num_steps}")
+                    line(f"{event.video}: resumes after step {event.steps_done} of {event.num_steps}")
                     update("denoise", event.steps_done, event.num_steps)
             case StepDone():
                 update("denoise", event.steps_done, event.num_steps)
@@ -85,7 +85,7 @@ class RenderDisplay:
 
 
 def summary(names: Iterable[str], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """A table of what became of each video that was not done before, and the counts of the others."""
+    """A table of the outcomes of videos that were not done before, and the counts of the others."""
     by_name = {name: outcomes.get(name) for name in names}
     skipped, busy = (
         sum(isinstance(outcome, kind) for outcome in by_name.values()) for kind in (VideoSkipped, VideoBusy)

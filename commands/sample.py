@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from ttt_video_engine.commands.loaders import make_loader
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
-from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
+from ttt_video_engine.commands.stopping import StopSignals, resuming_command
 from ttt_video_engine.commands.streams import LossyStream
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.planning.bundle_options import explain_bundle_options
@@ -118,7 +118,7 @@ def sample(
         Precision | None,
         typer.Option(help="Precision that the bundle must have (eval.dtype).", rich_help_panel=_BUNDLE),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start videos anew that exist or were begun.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Restart videos that exist or were begun.")] = False,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_GOING_ON)
     ] = 1,
@@ -143,7 +143,7 @@ def sample(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Render the videos of storyboard files. The same command again goes on where it was."""
+    """Render the videos of storyboard files. The same command again resumes them."""
 
     boards = _storyboards(storyboards or [], prompt or [], negative_prompt)
     stated = SamplingOptions() if config is None else sampling_options(config)
@@ -184,7 +184,7 @@ def sample(
 
 
 def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_json: Path | None) -> None:
-    """Renders, shows and logs; ends the command with the code that fits what became of the videos."""
+    """Renders, displays and logs; exits with the code for the outcomes of the videos."""
     display = RenderDisplay(several=len(jobs) > 1, quiet=log_json == Path("-"))
     with _json_log(log_json, display) as log, StopSignals() as signals, display.progress:
 
@@ -198,7 +198,7 @@ def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_jso
             display.progress.line(line)
     stopped = any(isinstance(outcome, VideoStopped) for outcome in outcomes.values())
     if stopped or signals.received is not None:
-        display.progress.line(f"stopped; go on with: {command_that_goes_on('ttt-video', sys.argv[1:])}")
+        display.progress.line(f"stopped; resume with: {resuming_command('ttt-video', sys.argv[1:])}")
     if signals.received is not None:
         raise typer.Exit(128 + signals.received)
     _report(outcomes)

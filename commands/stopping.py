@@ -1,4 +1,4 @@
-"""Signals that ask a long command to stop: it ends where the same command goes on, and a second one ends it at once."""
+"""Signals that stop a long command: the first after the current step, so that it can be resumed, a second at once."""
 
 import os
 import shlex
@@ -50,8 +50,8 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def command_that_goes_on(program: str, arguments: Sequence[str]) -> str:
-    """The command line without what would start anew or stop again."""
+def resuming_command(program: str, arguments: Sequence[str]) -> str:
+    """The command line that resumes: without options that would restart or stop it again."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed or full: what cannot be said is dropped, and the work goes on."""
+"""Standard output and error that may be closed or full: lines that cannot be written are dropped."""
 
 import os
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""What a render tells its caller, as values; a command line, a log and a service are clients of the same ones."""
+"""Events that a render reports to its caller. The command line and the JSON log are clients of the same events."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class StopRendering(BaseException):
-    """Raise it in `on_event` to end a render where the same call goes on. No Exception: no one else may catch it."""
+    """Raise it in `on_event` to stop a render; the same call resumes it. A BaseException: no handler may catch it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class TextEncoded(Event):
 
 @dataclass(frozen=True, eq=False)
 class VideoStarted(Event):
-    """Denoising starts, or goes on after `steps_done` steps."""
+    """Denoising starts, or resumes after `steps_done` steps."""
 
     length: str
     steps_done: int
@@ -107,7 +107,7 @@ class VideoBusy(Event):
 
 @dataclass(frozen=True, eq=False)
 class VideoStopped(Event):
-    """`stop_after` steps are done and saved; the same call with a later stop, or none, goes on."""
+    """`stop_after` steps are done and saved. The same call with a later stop, or none, resumes."""
 
     steps_done: int
     num_steps: int
@@ -115,7 +115,7 @@ class VideoStopped(Event):
 
 @dataclass(frozen=True, eq=False)
 class VideoFailed(Event):
-    """The video cannot be finished; `error.json` in its folder says the same. The others go on."""
+    """The video cannot be finished; `error.json` in its folder says the same. The others continue."""
 
     stage: str
     error: Exception

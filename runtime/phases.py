@@ -94,7 +94,7 @@ Phase = Callable[[Queue, Job, Load], None]
 
 
 def encode_text(queue: Queue, job: Job, load: Load) -> None:
-    """Begins the folder, or goes on with it, and writes the embeddings that the steps will need."""
+    """Begins or resumes the folder, and writes the embeddings that the steps need."""
     if is_done(job.folder) and not job.overwrite:
         return
     begin(job.folder, job.record, overwrite=job.overwrite)
@@ -245,7 +245,7 @@ def _load_text(queue: Queue, job: Job) -> tuple[Floats, float]:
 
 
 def _newest_state(queue: Queue, job: Job) -> StepState | None:
-    """The newest state that is whole; a warning says which are not, and where the render goes on."""
+    """The newest undamaged state. A warning names damaged ones, and the step from which the render resumes."""
     damaged: list[DamagedFile] = []
     found = None
     for state in usable_states(job.folder, job.latent_shape, job.record.digest):
@@ -254,8 +254,8 @@ def _newest_state(queue: Queue, job: Job) -> StepState | None:
             break
         damaged.append(state)
     for error in damaged:
-        goes_on = f"goes on after step {found.steps_done}" if found else "starts from the first step"
-        queue.emit(RenderWarning(job.name, f"{error}; the render {goes_on}"))
+        resumes = f"resumes after step {found.steps_done}" if found else "starts from the first step"
+        queue.emit(RenderWarning(job.name, f"{error}; the render {resumes}"))
     for steps_done, path in states_in(job.folder).items():
         if found is None or steps_done > found.steps_done:
             path.unlink()

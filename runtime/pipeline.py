@@ -1,7 +1,7 @@
 """From storyboards to folders with an mp4 each: one component in memory at a time, frames straight into the file.
 
 The pipeline is handed a loader for engines and does not know what runs them. What it makes depends on the storyboards,
-the bundle and the settings alone; whatever ends it, the same call goes on.
+the bundle and the settings alone. The same call resumes a render, whatever ended it.
 
     pipeline = Pipeline(open_bundle(Path("bundles/tiny")), OnnxRuntimeLoader(bundle))
     outcomes = pipeline.render(load_storyboards(Path("kitchen.json")), Settings(), Path("videos"), on_event=print)
@@ -75,7 +75,7 @@ class Pipeline:
         options: RenderOptions | None = None,
         on_event: OnEvent | None = None,
     ) -> dict[str, Outcome]:
-        """`prepare`, then `run`: what became of each video, by name."""
+        """`prepare`, then `run`. Returns the outcome of each video, by name."""
         return self.run(self.prepare(storyboards, settings, output_dir), options=options, on_event=on_event)
 
     def run(
@@ -85,10 +85,10 @@ class Pipeline:
         options: RenderOptions | None = None,
         on_event: OnEvent | None = None,
     ) -> dict[str, Outcome]:
-        """What became of each video, by name. A video that fails is an outcome, and the others go on.
+        """Returns the outcome of each video, by name. A video that fails is an outcome; the others continue.
 
-        `on_event` is called in this thread, after what it tells of is on the disk. It may raise StopRendering: the
-        videos without an outcome then go on with the next call. What else it raises ends the call too, and is raised.
+        `on_event` is called in this thread, after what it reports is on the disk. It may raise StopRendering: the next
+        call then resumes the videos without an outcome. Any other exception ends the call too, and is raised.
         """
         options = options or RenderOptions()
         _check_options(options)
@@ -179,7 +179,7 @@ class _Run:
 
 
 def _free_frames(error: BaseException | None) -> None:
-    """Lets go of the arrays and engines that the trace of an error holds, while keeping the trace."""
+    """Frees the arrays and runners that the traceback of an error refers to, and keeps the traceback."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)

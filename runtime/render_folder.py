@@ -62,7 +62,7 @@ def check_begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:
 
 
 def begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:
-    """Writes `run.json` where the folder has none, or anew. Only for the process that has claimed the folder."""
+    """Writes `run.json` if the folder has none or is overwritten. Only for the process that has claimed the folder."""
     check_begin(folder, record, overwrite=overwrite)
     if overwrite:
         clear(folder)

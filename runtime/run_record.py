@@ -43,7 +43,7 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def digest(self) -> str:
-        """Of all that fixes the video; every file from which a render goes on is bound to it."""
+        """Digest of everything that determines the video. Every file that a render resumes from holds it."""
         # Through JSON, as it is read back: a rate of 16 is 16.0 there.
         same = msgspec.json.decode(msgspec.json.encode(self), type=RunRecord)
         return hashlib.sha256(msgspec.json.encode(_fixed(same), order="deterministic")).hexdigest()
@@ -67,7 +67,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:
-    """What would make another video, such as "settings.seed 42 → 43"; empty where `new` goes on with `old`."""
+    """What would make another video, such as "settings.seed 42 → 43"; empty where `new` can resume `old`."""
     return list(_compare("", msgspec.to_builtins(_fixed(old)), msgspec.to_builtins(_fixed(new))))
 
 

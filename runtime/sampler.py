@@ -56,7 +56,7 @@ def sample(
     """Yields every step from `start`, of any shape, to the clean latent of the same shape.
 
     `start` is the noise, or a step done before: then the steps after it are yielded, bit for bit as if there had been
-    no pause, given that `draw_noise` goes on where it was.
+    no pause, given that `draw_noise` continues where it stopped.
 
     `guidance` is one scale per step. `draw_noise` gives standard normal noise of the same shape; "ddim" never calls it,
     "dpmpp-2m-sde" calls it once in every step but the last. Raises ConfigError, at the first step, for an unknown

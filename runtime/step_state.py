@@ -1,4 +1,4 @@
-"""Where a render is after a step, in a file from which it goes on as if there had been no pause.
+"""The state of a render after a step, in a file that it is resumed from without any difference in the result.
 
 A sampler's step depends on the latents, on the x0 of the step before and, where it adds noise, on the generator.
 """
@@ -52,7 +52,7 @@ def new_generator(seed: int) -> np.random.Generator:
 
 
 def restored_generator(state: dict[str, Any]) -> np.random.Generator:
-    """A generator that goes on where another was. Raises ValueError, TypeError or KeyError where `state` is none."""
+    """A generator that continues from `state`. Raises ValueError, TypeError or KeyError for an invalid state."""
     generator = new_generator(0)
     generator.bit_generator.state = state
     return generator
@@ -71,7 +71,7 @@ def states_in(folder: Path) -> dict[int, Path]:
 
 @contextmanager
 def naming_what_is_kept(folder: Path) -> Iterator[None]:
-    """Adds to an OutputError which state the render goes on from."""
+    """Adds to an OutputError the state that the render resumes from."""
     try:
         yield
     except OutputError as error:
@@ -119,7 +119,7 @@ def load_state(path: Path, shape: tuple[int, ...], run: str) -> StepState:
 
 
 def usable_states(folder: Path, shape: tuple[int, ...], run: str) -> Iterator[StepState | DamagedFile]:
-    """What comes of every state file, the newest first: the state, or what is wrong with it."""
+    """Yields the state in each state file, or what is wrong with the file, the newest first."""
     for path in states_in(folder).values():
         try:
             yield load_state(path, shape, run)

@@ -1,4 +1,4 @@
-"""Arrays in a safetensors file that tells when it is not as it was written.
+"""Arrays in a safetensors file with a checksum, so that damage is detected.
 
 safetensors has no checksum of its own. The metadata holds one, over the facts beside the arrays and over the name,
 dtype, shape and bytes of every array.

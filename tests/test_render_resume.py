@@ -14,7 +14,7 @@ import pytest
 from messages import names
 from stand_in import DONE, StandInLoader, board, files_in, products, render, steps_of, storyboard_file
 
-from ttt_video_engine.commands.stopping import StopSignals, command_that_goes_on
+from ttt_video_engine.commands.stopping import StopSignals, resuming_command
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import OutputError
 from ttt_video_engine.runtime.events import (
@@ -267,9 +267,9 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_command_that_goes_on_neither_starts_anew_nor_stops_again() -> None:
+def test_the_resuming_command_neither_starts_anew_nor_stops_again() -> None:
     arguments = ["sample", "a b.json", "--stop-after", "3", "--overwrite", "--seed", "7", "--stop-after=4"]
-    assert command_that_goes_on("ttt-video", arguments) == "ttt-video sample 'a b.json' --seed 7"
+    assert resuming_command("ttt-video", arguments) == "ttt-video sample 'a b.json' --seed 7"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

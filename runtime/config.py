@@ -209,7 +209,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         patch, factor = self.transformer.patch_size, self.vae.spatial_factor
         for name, pixels in (("width", self.width), ("height", self.height)):
             step = patch * factor
-            nearest = max(step, round(pixels / step) * step)
+            nearest = max(step, (min(pixels, MAX_PIXELS) + step // 2) // step * step)
             cure = f"must be a multiple of {step} (patch {patch} x VAE {factor}), such as {nearest}"
             _require(pixels > 0 and pixels % step == 0, name, pixels, cure)
         _require_range(self, 1, MAX_PIXELS, "width", "height")
@@ -298,4 +298,11 @@ def _require_range(struct: Struct, low: float, high: float, *names: str) -> None
 
 def _require(condition: bool, name: str, value: object, cure: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} is {value!r}: {cure}")
+        raise ConfigError(f"{name} is {_shown(value)}: {cure}")
+
+
+def _shown(value: object) -> str:
+    """The value as text. Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)

@@ -8,10 +8,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from ttt_video_engine.commands.loaders import make_loader
+from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
-from ttt_video_engine.engines.onnxruntime import ProviderName
 from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, Bundle, latent_shape, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
@@ -49,14 +48,8 @@ def decode(
         Path | None, typer.Option(help="New or empty folder for PNG files, in place of an mp4.", show_default=False)
     ] = None,
     engine: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
-    provider: Annotated[
-        ProviderName | None,
-        typer.Option(help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
-    ] = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(help="Most that a TensorRT engine may take, such as 20GB.", show_default="all that is free"),
-    ] = None,
+    provider: ProviderOption = None,
+    gpu_memory: GpuMemoryOption = None,
     debug: Debug = False,
 ) -> None:
     """Decode the latents that a render keeps, to an mp4 or to PNG files."""

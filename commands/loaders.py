@@ -1,4 +1,8 @@
-"""The engine that options choose."""
+"""The loader of runners that options choose, and those options."""
+
+from typing import Annotated
+
+import typer
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
 from ttt_video_engine.engines.tensorrt.checks import parse_memory
@@ -6,6 +10,17 @@ from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.settings import BackendName
+
+ProviderOption = Annotated[
+    ProviderName | None,
+    typer.Option("--provider", help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory", help="Most that a TensorRT engine may take, such as 20GB.", show_default="all that is free"
+    ),
+]
 
 
 def make_loader(

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import typer
 from msgspec.structs import replace
 
-from ttt_video_engine.commands.loaders import make_loader
+from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader
 from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, resuming_command
@@ -90,14 +90,8 @@ def sample(
     ] = None,
     length: Annotated[LengthName | None, typer.Option(help="States the length that the scenes must make.")] = None,
     engine: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = "onnxruntime",
-    provider: Annotated[
-        ProviderName | None,
-        typer.Option(help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
-    ] = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(help="Most that a TensorRT engine may take, such as 20GB.", show_default="all that is free"),
-    ] = None,
+    provider: ProviderOption = None,
+    gpu_memory: GpuMemoryOption = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,

@@ -19,11 +19,10 @@ from demo.text import FOLDER as TOKENIZER
 
 def export_checkpoint(training: Path, checkpoint: Path) -> None:
     """From the folder of a training to transformer/, vae/, text_encoder/ and tokenizer/, names as published."""
-    both = load(training / "transformer.pt")["average"]
-    decoder = load(training / "vae.pt")["average"]
-    _write(checkpoint / "transformer", _under(both, "transformer."))
-    _write(checkpoint / "text_encoder", _under(both, "text_encoder.t5."))
-    _write(checkpoint / "vae", {f"decoder.{name}": value for name, value in decoder.items()})
+    both, vae = load(training / "transformer.pt"), load(training / "vae.pt")
+    for part, prefix in (("transformer", "transformer."), ("text_encoder", "text_encoder.t5.")):
+        _write(checkpoint / part, _under(both["average"], prefix), both["num_done"])
+    _write(checkpoint / "vae", {f"decoder.{name}": value for name, value in vae["average"].items()}, vae["num_done"])
     shutil.copytree(TOKENIZER, checkpoint / "tokenizer", dirs_exist_ok=True)
 
 
@@ -31,10 +30,10 @@ def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _write(folder: Path, weights: dict[str, Tensor]) -> None:
+def _write(folder: Path, weights: dict[str, Tensor], num_steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: value.to(torch.float16).contiguous() for name, value in sorted(weights.items())}
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt", "steps": str(num_steps)})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -20,3 +22,10 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path, weights_only=True)
     return state
+
+
+def published(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """The number of steps that a part of a checkpoint was trained for, and its weights in float32."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        steps = int(file.metadata()["steps"])
+        return steps, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -14,14 +14,15 @@ def alpha_table() -> Tensor:
     return torch.from_numpy(make_schedule(DiffusionConfig(), _STEPS).train_alpha_sqrt).float()
 
 
-def draw_timesteps(size: int, high: int, generator: Generator) -> Tensor:
+def draw_timesteps(size: int, high: int, high_share: float, generator: Generator) -> Tensor:
     """Timesteps [size] int64, one from each of `size` equal shares of the distribution.
 
-    Half of it is uniform, half lies at `high` or above, where the text decides what is seen.
+    `high_share` of it lies evenly at `high` or above, where the text decides what is seen; the rest is even over all.
     """
     share = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    low, high_half = share * 2 * _STEPS, high + (share * 2 - 1) * (_STEPS - high)
-    return torch.where(share < 0.5, low, high_half).long().clamp(max=_STEPS - 1)
+    anywhere = share / (1 - high_share) * _STEPS
+    above = high + (share - (1 - high_share)) / high_share * (_STEPS - high)
+    return torch.where(share < 1 - high_share, anywhere, above).long().clamp(max=_STEPS - 1)
 
 
 def add_noise(clean: Tensor, timesteps: Tensor, table: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

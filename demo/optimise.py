@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from demo.model import DemoModel
-from demo.rates import rate_share
 
 _MUON_RATE, _ADAM_RATE = 0.01, 1e-3
 _CLIP = 1.0
@@ -14,8 +13,7 @@ _CLIP = 1.0
 class Optimiser:
     """Muon for the matrices of the layers, AdamW for everything else, under one schedule of learning rates."""
 
-    def __init__(self, model: DemoModel, num_steps: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, model: DemoModel) -> None:
         self._weights = list(model.parameters())
         matrices = [weight for name, weight in model.named_parameters() if _is_layer_matrix(name, weight)]
         text = list(model.text_encoder.parameters())
@@ -25,10 +23,9 @@ class Optimiser:
         groups = [{"params": text}, {"params": others}]
         self._adam: Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
-    def step(self, step: int, text_rate: float) -> float:
-        """Applies the gradients and clears them; their norm before clipping."""
+    def step(self, share: float, text_rate: float) -> float:
+        """Applies the gradients at `share` of the learning rates and clears them; their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self._weights, _CLIP)
-        share = rate_share(step, self._num_steps)
         (layers,), (text, others) = self._muon.param_groups, self._adam.param_groups
         layers["lr"], text["lr"], others["lr"] = share * _MUON_RATE, share * text_rate * _ADAM_RATE, share * _ADAM_RATE
         for part in (self._muon, self._adam):

@@ -7,9 +7,11 @@ _LAST_RATE = 0.02
 """What is left of a learning rate at the end, as a share."""
 
 
-def rate_share(step: int, num_steps: int) -> float:
-    """What share of its learning rate step number `step` takes: a linear warm-up, then half a cosine."""
-    if step < _WARM_UP:
-        return (step + 1) / _WARM_UP
-    progress = min((step - _WARM_UP) / max(num_steps - _WARM_UP, 1), 1.0)
-    return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+def rate_share(step: int, num_steps: int, first: int = 0) -> float:
+    """What share of its learning rate step number `step` takes: a linear warm-up, then half a cosine.
+
+    `first` is the step at which the optimiser began without a memory; the warm-up starts there.
+    """
+    progress = min(max(step - _WARM_UP, 0) / max(num_steps - _WARM_UP, 1), 1.0)
+    warm = min((step - first + 1) / _WARM_UP, 1.0)
+    return warm * (_LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2)

@@ -4,9 +4,7 @@ It learns from pieces of 17 frames, the first window of decoding and the second:
 the decoder's norms are over all of a window. A step depends on the seed, its number and the weights alone.
 """
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +15,19 @@ from torch import Tensor, nn
 
 from demo.average import Average
 from demo.backgrounds import HEIGHT, WIDTH
-from demo.command_line import output_folder
+from demo.command_line import training_folders
 from demo.config import MODEL
 from demo.encoder import LinearEncoder
-from demo.files import load, save
+from demo.files import load, published, save
+from demo.loop import train
 from demo.rates import rate_share
 from demo.scenes import SCENE_FRAMES, render_part
-from demo.stopping import StopRequest
 from demo.story import random_script
 from ttt_video_engine.reference.initialise import seeded
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import VaeConfig
 
 SEED = 1
-_SAVE_SECONDS = 180
 _RATE = 2e-3
 _FRAMES = 17
 """Frames of the first two windows: 9 and 8."""
@@ -58,12 +55,16 @@ class Log:
     psnr: float
     """In decibels, over the colours' whole range."""
 
+    def __str__(self) -> str:
+        return f"step {self.step}: loss {self.loss:.4f}, {self.psnr:.1f} dB"
+
 
 class Training:
     """The state of a run, as in `train_transformer`."""
 
     def __init__(self, seed: int, stages: Sequence[Stage] = STAGES, config: VaeConfig = MODEL.vae) -> None:
-        self.seed, self.stages, self.num_done = seed, stages, 0
+        self.seed, self.stages = seed, stages
+        self.num_done = self.first = 0
         self.model = seeded(lambda: VaeDecoder(config), seed).requires_grad_(True)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=_RATE, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = Average(self.model)
@@ -85,7 +86,7 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimiser.param_groups:
-            group["lr"] = _RATE * rate_share(step, self.stages[-1].until)
+            group["lr"] = _RATE * rate_share(step, self.stages[-1].until, self.first)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.average.update(self.model, step)
@@ -114,6 +115,7 @@ class Training:
         """Replaces the checkpoint at `path` as a whole."""
         state = {
             "num_done": self.num_done,
+            "first": self.first,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "average": self.average.weights,
@@ -122,31 +124,23 @@ class Training:
 
     def load(self, path: Path) -> None:
         state = load(path)
-        self.num_done = state["num_done"]
+        self.num_done, self.first = state["num_done"], state["first"]
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.average.weights.update(state["average"])
 
+    def start_from(self, checkpoint: Path) -> None:
+        """As in `train_transformer`."""
+        self.num_done, weights = published(checkpoint / "vae")
+        self.first = self.num_done
+        self.model.load_state_dict({name.removeprefix("decoder."): value for name, value in weights.items()})
+        self.average = Average(self.model)
+
 
 def main() -> None:
-    folder = output_folder(__doc__)
-    checkpoint = folder / "vae.pt"
+    folders = training_folders(__doc__)
     torch.set_num_threads(1)
-    training = Training(SEED)
-    if checkpoint.is_file():
-        training.load(checkpoint)
-    saved, stop = time.monotonic(), StopRequest()
-    with (folder / "vae.jsonl").open("a") as log:
-        while not (training.finished or stop.made):
-            start = time.monotonic()
-            told = training.advance()
-            line = {**told.__dict__, "seconds": round(time.monotonic() - start, 2)}
-            print(json.dumps(line), file=log, flush=True)
-            if told.step % 50 == 0:
-                print(f"step {told.step}: loss {told.loss:.4f}, {told.psnr:.1f} dB", flush=True)
-            if time.monotonic() - saved > _SAVE_SECONDS or training.finished or stop.made:
-                training.save(checkpoint)
-                saved = time.monotonic()
+    train(Training(SEED), folders, "vae")
 
 
 if __name__ == "__main__":

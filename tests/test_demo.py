@@ -15,6 +15,7 @@ from demo.captions import captions
 from demo.config import MODEL
 from demo.data import HELD_OUT_SEED, make_batch, text_length
 from demo.encoder import LinearEncoder
+from demo.export_checkpoint import export_checkpoint
 from demo.fast import COMPILED, plain_attention
 from demo.judge import judge
 from demo.model import new_model
@@ -128,7 +129,7 @@ def test_training_noises_down_to_noise_alone() -> None:
     noised, velocity = add_noise(clean, torch.tensor([999, 0]), alpha_table(), generator)
     assert torch.equal(velocity[0], -clean[0])
     assert (noised[1] - clean[1]).abs().max() < 0.2
-    drawn = torch.cat([draw_timesteps(8, 650, generator) for _ in range(200)])
+    drawn = torch.cat([draw_timesteps(8, 650, 0.5, generator) for _ in range(200)])
     assert drawn.min() >= 0 and drawn.max() == 999
     assert 0.6 < (drawn >= 650).double().mean() < 0.75
 
@@ -168,6 +169,23 @@ def test_training_of_the_decoder_goes_on_bit_by_bit(tmp_path: Path) -> None:
     second.load(tmp_path / "vae.pt")
     _losses(second, 2)
     _assert_same(whole.model.state_dict(), second.model.state_dict())
+
+
+def test_published_weights_start_a_training(tmp_path: Path) -> None:
+    first = train_transformer.Training(0, _STAGES, _SMALL)
+    decoder = train_vae.Training(0, (train_vae.Stage(2, 16, 16, 1),))
+    _losses(first, 2)
+    first.save(tmp_path / "transformer.pt")
+    decoder.save(tmp_path / "vae.pt")
+    export_checkpoint(tmp_path, tmp_path / "checkpoint")
+    second = train_transformer.Training(1, _STAGES, _SMALL)
+    second.start_from(tmp_path / "checkpoint")
+    assert second.num_done == 2
+    for name, value in second.model.named_parameters():
+        assert torch.equal(value, first.average.weights[name].half().float())
+    other_decoder = train_vae.Training(1, (train_vae.Stage(2, 16, 16, 1),))
+    other_decoder.start_from(tmp_path / "checkpoint")
+    _assert_same(other_decoder.average.weights, {n: v.half().float() for n, v in decoder.average.weights.items()})
 
 
 def _losses(training: train_transformer.Training | train_vae.Training, count: int) -> Sequence[object]:

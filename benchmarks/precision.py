@@ -23,7 +23,7 @@ from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.runtime.config import DiffusionConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
-from ttt_video_engine.runtime.sampler import Array, sample
+from ttt_video_engine.runtime.sampler import Array, guided, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 
 HEADS, HEAD_DIM, TOKENS = 48, 64, 18048
@@ -155,7 +155,7 @@ def velocity_and_latents(
     schedule = make_schedule(diffusion, STEPS)
     guidance = guidance_scales("dynamic", 6.0, schedule.timesteps)
     noise = latents[:1].numpy()
-    *_, last = sample(velocities, noise, schedule, guidance, "ddim", lambda: noise)
+    *_, last = sample(guided(velocities), noise, schedule, guidance, "ddim", lambda: noise)
     return module(latents.to(dtype), text.to(dtype), timestep).float(), torch.from_numpy(last.latents)
 
 

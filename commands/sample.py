@@ -44,7 +44,7 @@ from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.user_cache import cache_folder
 
 _GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
-_PROMPTS, _BUNDLE = "Prompts", "What the bundle must have"
+_PROMPTS, _PASSES, _BUNDLE = "Prompts", "Fewer passes of the transformer", "What the bundle must have"
 
 T = TypeVar("T")
 
@@ -81,6 +81,23 @@ def sample(
     ] = None,
     sampler: Annotated[
         Sampler | None, typer.Option(help="dpmpp-2m-sde is what the public code runs.", show_default="ddim")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LO:HI",
+            help="Part of the steps that is guided; the others take one pass, not two.",
+            show_default="0:1",
+            rich_help_panel=_PASSES,
+        ),
+    ] = None,
+    step_cache: Annotated[
+        float | None,
+        typer.Option(
+            help="Reuse the last pass until the estimated deviation reaches this (EasyCache).",
+            show_default="off",
+            rich_help_panel=_PASSES,
+        ),
     ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the mp4 (eval.sampling_fps).", show_default="16")
@@ -167,6 +184,8 @@ def sample(
         "fps": _first(fps, stated.fps),
         "seed": _first(seed, stated.seed),
         "low_memory": low_memory,
+        "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
+        "step_cache": step_cache,
     }
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider))
@@ -225,6 +244,15 @@ def _storyboards(paths: list[Path], prompts: list[str], negative_prompt: str | N
 def _first(option: T | None, stated: T | None) -> T | None:
     """What the command line states, else the file."""
     return stated if option is None else option
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """The numbers of LO:HI. Raises ConfigError where it is not two numbers; their range is checked with the steps."""
+    low, _, high = text.partition(":")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise ConfigError(f"guidance interval is {text!r}: must be LO:HI, such as 0:0.5") from None
 
 
 def _part(boards: list[Storyboard], shard: str | None) -> list[Storyboard]:

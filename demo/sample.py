@@ -19,7 +19,7 @@ from demo.story import Script, random_script
 from ttt_video_engine.reference.initialise import seeded
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import DiffusionConfig
-from ttt_video_engine.runtime.sampler import sample
+from ttt_video_engine.runtime.sampler import guided, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 
 _NOISE_SEED = 42
@@ -82,7 +82,7 @@ def _sampled(
             return without, with_text
 
         noise = rng.standard_normal(shape, dtype=np.float32)
-        *_, last = sample(velocities, noise, schedule, scales, "ddim", lambda: noise)
+        *_, last = sample(guided(velocities), noise, schedule, scales, "ddim", lambda: noise)
     return last.latents
 
 

@@ -23,6 +23,7 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.errors import StoryboardError
 from ttt_video_engine.runtime.files import check_folder, check_space
+from ttt_video_engine.runtime.passes import check_threshold
 from ttt_video_engine.runtime.render_folder import TEXT, check_begin, is_done
 from ttt_video_engine.runtime.run_record import BundleRecord, RunRecord
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
@@ -92,7 +93,8 @@ def prepare_jobs(
     manifest = bundle.manifest
     model = manifest.model
     schedule = make_schedule(model.diffusion, settings.num_steps)
-    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
+    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps, settings.guidance_interval)
+    check_threshold(settings.step_cache)
     frame_rate(settings.fps)
     check_folder(output_dir)
     tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
@@ -149,7 +151,8 @@ def space_needed(bundle: Bundle, jobs: Iterable[Job]) -> dict[str, int]:
         texts += 0 if finished else text - _size(job.folder / TEXT)
         latents += 0 if finished else latent
         held = sum(map(_size, states_in(job.folder).values()))
-        states = max(states, 0 if finished else 3 * 2 * latent - held)
+        arrays = 2 if job.settings.step_cache is None else 5  # of the latents' size, in a state
+        states = max(states, 0 if finished else 3 * arrays * latent - held)
         videos += int(model.num_video_frames(size) * model.width * model.height * _MP4_BITS_PER_PIXEL / 8)
     return {"texts": max(texts, 0), "states": states, "latents": latents, "videos": videos}
 

@@ -6,7 +6,7 @@ process that is killed between any two instructions has lost one step at most, o
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import numpy as np
@@ -132,7 +132,8 @@ def run_steps(queue: Queue, job: Job, load: Load) -> None:
     with closing(denoise(queue.bundle, load, job.length, text, job.settings, start)) as steps:
         for state in steps:
             now = perf_counter()
-            state = StepState(state.step, state.generator, _after(history, "denoise", now - began))
+            told = with_fields(history, passes=state.history.passes)
+            state = replace(state, history=_after(told, "denoise", now - began))
             done = state.steps_done
             saved = done in (stop, num_steps) or done % queue.options.checkpoint_every == 0
             if done == num_steps:
@@ -246,9 +247,10 @@ def _load_text(queue: Queue, job: Job) -> tuple[Floats, float]:
 
 def _newest_state(queue: Queue, job: Job) -> StepState | None:
     """The newest undamaged state. A warning names damaged ones, and the step from which the render resumes."""
+    reuses = job.settings.step_cache is not None
     damaged: list[DamagedFile] = []
     found = None
-    for state in usable_states(job.folder, job.latent_shape, job.record.digest):
+    for state in usable_states(job.folder, job.latent_shape, job.record.digest, reuses=reuses):
         if isinstance(state, StepState):
             found = state
             break

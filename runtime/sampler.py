@@ -19,6 +19,8 @@ from ttt_video_engine.runtime.settings import Sampler
 Array = NDArray[np.float32]
 Velocities = Callable[[Array, int], tuple[Array, Array]]
 """(x, timestep) → (unconditional v, conditional v), all of the shape of x."""
+Velocity = Callable[[Array, int, float], Array]
+"""(x, timestep, guidance scale) → guided v of the shape of x."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Update:
 
 
 def sample(
-    velocities: Velocities,
+    velocity: Velocity,
     start: Array | Step,
     schedule: Schedule,
     guidance: NDArray[np.float64],
@@ -72,9 +74,7 @@ def sample(
     previous = start.denoised if isinstance(start, Step) else None
     for index in range(done, num_steps):
         timestep, scale = int(schedule.timesteps[index]), float(guidance[index])
-        unconditional, conditional = velocities(x, timestep)
-        velocity = unconditional + scale * (conditional - unconditional)
-        denoised = _denoise(x, velocity, _denoising_alpha(schedule, index, sampler))
+        denoised = _denoise(x, velocity(x, timestep, scale), _denoising_alpha(schedule, index, sampler))
         update = _ddim(schedule, index) if sampler == "ddim" else _dpmpp_2m_sde(schedule, index)
         x = update.latents * x + update.denoised * denoised
         if update.previous and previous is not None:
@@ -85,9 +85,19 @@ def sample(
         yield Step(index, num_steps, timestep, scale, x, denoised)
 
 
+def guide(unconditional: Array, conditional: Array, scale: float) -> Array:
+    """Classifier-free guidance (arXiv 2207.12598): from the unconditional v through the conditional one."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guided(velocities: Velocities) -> Velocity:
+    """For `sample`, from what predicts both velocities in every step."""
+    return lambda x, timestep, scale: guide(*velocities(x, timestep), scale)
+
+
 def _denoise(x: Array, velocity: Array, alpha: float) -> Array:
     """x0 = a·x - s·v (arXiv 2202.00512, section 4). Linear with weights that do not depend on the prompt, so guiding v,
-    as `sample` does, is guiding x0."""
+    as `guide` does, is guiding x0."""
     return (alpha * x - _sigma(alpha) * velocity).astype(np.float32, copy=False)
 
 

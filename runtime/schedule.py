@@ -42,7 +42,12 @@ def make_schedule(config: DiffusionConfig, num_steps: int) -> Schedule:
     return Schedule(timesteps, np.append(sampled, 1.0), _zero_terminal_snr(alpha_sqrt))
 
 
-def guidance_scales(kind: Guidance, scale: float, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
+def guidance_scales(
+    kind: Guidance,
+    scale: float,
+    timesteps: NDArray[np.int64],
+    interval: tuple[float, float] | None = None,
+) -> NDArray[np.float64]:
     """Guidance scale of each step, float64 [n]: 0 is the unconditional prediction, 1 is the conditional one.
 
     "dynamic" grows from 1 to `scale` along 1 + (scale - 1) (1 - cos(pi p^5)) / 2 with p the progress from 0 to 1, as
@@ -50,19 +55,32 @@ def guidance_scales(kind: Guidance, scale: float, timesteps: NDArray[np.int64]) 
     code evaluates: 1 + scale (1 - cos(pi ((n - t) / n)^5)) / 2 with t the timestep and n the number of steps, which
     oscillates between 1 and 1 + scale. "constant" is `scale` in every step.
 
-    Raises ConfigError unless 1 <= scale <= 100: below 1 the prompt is weakened, very large scales overflow the latents.
+    Outside `interval`, two values of the progress, the scale is 1 (limited interval guidance, arXiv 2404.07724).
+
+    Raises ConfigError unless 1 <= scale <= 100: below 1 the prompt is weakened, very large scales overflow the latents;
+    and unless the interval lies in 0 … 1.
     """
     if not 1 <= scale <= MAX_GUIDANCE_SCALE:
         raise ConfigError(f"guidance scale is {scale!r}: must lie in 1 … {MAX_GUIDANCE_SCALE:g}")
+    low, high = interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"guidance interval is {low:g}:{high:g}: must be LO:HI with 0 <= LO <= HI <= 1")
     num_steps = len(timesteps)
+    # A single step counts as the last, which determines the video.
+    progress = np.linspace(0.0, 1.0, num_steps) if num_steps > 1 else np.ones(1)
+    scales = _scales_everywhere(kind, scale, timesteps, progress)
+    return np.where((low <= progress) & (progress <= high), scales, 1.0)
+
+
+def _scales_everywhere(
+    kind: Guidance, scale: float, timesteps: NDArray[np.int64], progress: NDArray[np.float64]
+) -> NDArray[np.float64]:
     if kind == "constant":
-        return np.full(num_steps, scale, dtype=np.float64)
+        return np.full(len(timesteps), scale, dtype=np.float64)
     if kind == "dynamic":
-        # A single step counts as the last, which determines the video.
-        progress = np.linspace(0.0, 1.0, num_steps) if num_steps > 1 else np.ones(1)
         return 1 + (scale - 1) * _cosine_ramp(progress)
     if kind == "upstream":
-        return 1 + scale * _cosine_ramp((num_steps - timesteps) / num_steps)
+        return 1 + scale * _cosine_ramp((len(timesteps) - timesteps) / len(timesteps))
     raise ConfigError(f"guidance is {kind!r}: must be one of {', '.join(get_args(Guidance))}")
 
 

@@ -17,7 +17,9 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sampling settings, recorded in the sidecar of each video. The defaults are those that TTT-Video documents.
 
     `low_memory` runs the two branches of guidance one after the other: half the activations, the same video up to
-    rounding. `fps` is the frame rate of the mp4; `seed` is the seed of the noise.
+    rounding. `fps` is the frame rate of the mp4; `seed` is the seed of the noise. `guidance_interval` is the share of
+    the steps, from LO to HI, that is guided, None all of them; `step_cache` is the deviation below which a step reuses
+    the last pass of the transformer (see `passes.py`), None never.
     """
 
     num_steps: int = 50
@@ -27,3 +29,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     fps: float = 16
     seed: Seed = 42
     low_memory: bool = False
+    guidance_interval: tuple[float, float] | None = None
+    step_cache: Annotated[float, Meta(gt=0)] | None = None

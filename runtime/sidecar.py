@@ -30,6 +30,7 @@ def write_sidecar(
         "settings": job.settings,
         "bundle": job.record.bundle,
         "seconds": history.seconds,
+        "passes": history.passes,
         "resumed": history.resumed,
         "changes": changes,
         "environment": environment,

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from msgspec.structs import replace as with_fields
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.bundle import (
@@ -24,6 +25,7 @@ from ttt_video_engine.runtime.bundle import (
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.errors import NumericsError
+from ttt_video_engine.runtime.passes import GuidedVelocity
 from ttt_video_engine.runtime.runner import HostOrDeviceArray, Runner, RunnerLoader
 from ttt_video_engine.runtime.sampler import sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
@@ -105,7 +107,9 @@ def denoise(
     model = bundle.manifest.model
     shape = (1, *latent_shape(model, model.clip_size(length)))
     schedule = make_schedule(model.diffusion, settings.num_steps)
-    guidance = guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps)
+    guidance = guidance_scales(
+        settings.guidance, settings.guidance_scale, schedule.timesteps, settings.guidance_interval
+    )
     random = restored_generator(start.generator) if start else new_generator(settings.seed)
     history = start.history if start else History()
     graph = transformer_graph_name(length)
@@ -119,31 +123,35 @@ def denoise(
 
     with load(graph) as engine:
 
-        def velocities(x: Floats, timestep: int) -> tuple[Floats, Floats]:
-            size = 1 if settings.low_memory else 2
-            batches = [text[first : first + size] for first in range(0, 2, size)]
+        def branches(x: Floats, timestep: int, guided: bool) -> Floats:
+            texts = text if guided else text[1:]
+            size = 1 if settings.low_memory else len(texts)
             runs = [
                 np.asarray(
                     engine.run(
                         {
                             "latents": np.repeat(x, size, axis=0),
-                            "text": batch,
+                            "text": texts[first : first + size],
                             "timestep": np.full(size, timestep, dtype=np.int64),
                         }
                     )["velocity"]
                 )
-                for batch in batches
+                for first in range(0, len(texts), size)
             ]
-            both = np.concatenate(runs).astype(np.float32)
-            _check_finite(both, where("velocity"))
-            negative, positive = np.split(both, 2)
-            return negative, positive
+            velocities = np.concatenate(runs).astype(np.float32)
+            _check_finite(velocities, where("velocity"))
+            return velocities
 
-        first = start.step if start else draw_noise()
-        for step in sample(velocities, first, schedule, guidance, settings.sampler, draw_noise):
+        velocity = GuidedVelocity(
+            branches, int(schedule.timesteps[-1]), settings.step_cache, start.reusable if start else None
+        )
+        for step in sample(
+            velocity, start.step if start else draw_noise(), schedule, guidance, settings.sampler, draw_noise
+        ):
             _check_finite(step.latents, where("latents"))
             done = step.index + 1
-            yield StepState(step, dict(random.bit_generator.state), history)
+            history = with_fields(history, passes=history.passes + velocity.num_passes)
+            yield StepState(step, dict(random.bit_generator.state), history, velocity.reusable)
 
 
 def decode(bundle: Bundle, load: Load, latents: Floats) -> Iterator[NDArray[np.uint8]]:

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from ttt_video_engine.runtime.errors import DamagedFile, OutputError
 from ttt_video_engine.runtime.files import atomic_write
+from ttt_video_engine.runtime.passes import Reusable
 from ttt_video_engine.runtime.sampler import Array, Step
 from ttt_video_engine.runtime.tensor_file import load_tensors, save_tensors
 
@@ -27,19 +28,23 @@ _STATE = re.compile(r"state-(\d{4,})\.safetensors", re.ASCII)
 
 
 class History(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of all processes that worked on a video: seconds by stage, and the steps that were done at each resumption."""
+    """Of all processes that worked on a video: seconds by stage, the steps that were done at each resumption, and the
+    passes of the transformer, one for a prompt in a step."""
 
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
     resumed: tuple[int, ...] = ()
+    passes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class StepState:
-    """A step that was done, and the state of the noise's generator after it, as numpy gives it."""
+    """A step that was done, the state of the noise's generator after it, as numpy gives it, and what the next step may
+    reuse."""
 
     step: Step
     generator: dict[str, Any]
     history: History = field(default_factory=History)
+    reusable: Reusable | None = None
 
     @property
     def steps_done(self) -> int:
@@ -94,35 +99,59 @@ def save_state(folder: Path, state: StepState, run: str) -> None:
         "generator": state.generator,
         "history": msgspec.to_builtins(state.history),
     }
+    arrays = {"latents": step.latents, "denoised": step.denoised}
+    if (last := state.reusable) is not None:
+        arrays |= {"reusable.latents": last.latents, "reusable.change": last.change}
+        facts["reusable"] = {"guided": last.guided, "rate": last.rate, "deviation": last.deviation}
     with naming_what_is_kept(folder):
-        save_tensors(state_path(folder, state.steps_done), {"latents": step.latents, "denoised": step.denoised}, facts)
+        save_tensors(state_path(folder, state.steps_done), arrays, facts)
     for path in list(states_in(folder).values())[KEPT:]:
         path.unlink(missing_ok=True)
 
 
-def load_state(path: Path, shape: tuple[int, ...], run: str) -> StepState:
-    """The state in a file. Raises DamagedFile where it is not as it was saved, or belongs to another render."""
-    arrays, facts = load_tensors(path, {"latents": shape, "denoised": shape})
+def load_state(path: Path, shape: tuple[int, ...], run: str, *, reuses: bool = False) -> StepState:
+    """The state in a file. `reuses`: of a render whose steps may reuse the last pass.
+
+    Raises DamagedFile where it is not as it was saved, or belongs to another render.
+    """
+    shapes = {"latents": shape, "denoised": shape}
+    if reuses:
+        shapes |= {"reusable.latents": shape, "reusable.change": (2, *shape[1:])}
+    arrays, facts = load_tensors(path, shapes)
     _check_run(path, facts, run)
     try:
+        reusable = _reusable(arrays, facts["reusable"]) if reuses else None
         restored_generator(facts["generator"])
         step = Step(
             index=facts["steps_done"] - 1,
             num_steps=facts["num_steps"],
             timestep=facts["timestep"],
             guidance=facts["guidance"],
-            **arrays,
+            latents=arrays["latents"],
+            denoised=arrays["denoised"],
         )
-        return StepState(step, facts["generator"], msgspec.convert(facts["history"], History))
+        return StepState(step, facts["generator"], msgspec.convert(facts["history"], History), reusable)
     except (KeyError, ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
         raise DamagedFile(f"{path}: is damaged ({error})") from error
 
 
-def usable_states(folder: Path, shape: tuple[int, ...], run: str) -> Iterator[StepState | DamagedFile]:
+def _reusable(arrays: dict[str, Array], facts: dict[str, Any]) -> Reusable:
+    return Reusable(
+        latents=arrays["reusable.latents"],
+        change=arrays["reusable.change"],
+        guided=msgspec.convert(facts["guided"], bool),
+        rate=msgspec.convert(facts["rate"], float | None),
+        deviation=msgspec.convert(facts["deviation"], float),
+    )
+
+
+def usable_states(
+    folder: Path, shape: tuple[int, ...], run: str, *, reuses: bool = False
+) -> Iterator[StepState | DamagedFile]:
     """Yields the state in each state file, or what is wrong with the file, the newest first."""
     for path in states_in(folder).values():
         try:
-            yield load_state(path, shape, run)
+            yield load_state(path, shape, run, reuses=reuses)
         except DamagedFile as error:
             yield error
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.sampler import Array, Step, Velocities, sample
+from ttt_video_engine.runtime.sampler import Array, Step, Velocities, guided, sample
 from ttt_video_engine.runtime.schedule import Schedule, guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Sampler
 
@@ -58,7 +58,14 @@ def run(sampler: Sampler, num_steps: int, velocities: Velocities = stand_in_velo
     guidance = guidance_scales("dynamic", 6.0, schedule.timesteps)
     rng = np.random.default_rng(seed + 1)
     return list(
-        sample(velocities, normal(seed), schedule, guidance, sampler, lambda: rng.standard_normal(SHAPE, np.float32))
+        sample(
+            guided(velocities),
+            normal(seed),
+            schedule,
+            guidance,
+            sampler,
+            lambda: rng.standard_normal(SHAPE, np.float32),
+        )
     )
 
 
@@ -67,7 +74,9 @@ def test_every_step_matches_the_recording() -> None:
     guidance = guidance_scales("upstream", 6.0, schedule.timesteps)
     noises = iter(GOLDEN["input.step_noise"])
     steps = list(
-        sample(stand_in_velocities, GOLDEN["input.noise"], schedule, guidance, "dpmpp-2m-sde", lambda: next(noises))
+        sample(
+            guided(stand_in_velocities), GOLDEN["input.noise"], schedule, guidance, "dpmpp-2m-sde", lambda: next(noises)
+        )
     )
     assert_allclose([step.denoised for step in steps], GOLDEN["output.denoised"], rtol=0, atol=1e-5)
     assert_allclose([step.latents for step in steps], GOLDEN["output.x"], rtol=0, atol=1e-5)
@@ -102,7 +111,7 @@ def test_the_sde_keeps_the_noise_level_of_the_schedule() -> None:
         return rng.standard_normal(shape, np.float32)
 
     velocities = oracle(np.zeros(shape, np.float32), schedule)
-    for step in sample(velocities, draw(), schedule, np.ones(12), "dpmpp-2m-sde", draw):
+    for step in sample(guided(velocities), draw(), schedule, np.ones(12), "dpmpp-2m-sde", draw):
         sigma = np.sqrt(1 - schedule.alpha_sqrt[step.index + 1] ** 2)
         assert_allclose(step.latents.std(), sigma, rtol=0, atol=0.01)
 
@@ -126,7 +135,7 @@ def test_the_same_noise_gives_the_same_steps_and_is_left_as_it_was(sampler: Samp
         assert_array_equal(a.latents, b.latents)
     noise = GOLDEN["input.noise"].copy()
     schedule = make_schedule(DiffusionConfig(), 3)
-    list(sample(stand_in_velocities, noise, schedule, np.ones(3), sampler, lambda: normal(1)))
+    list(sample(guided(stand_in_velocities), noise, schedule, np.ones(3), sampler, lambda: normal(1)))
     assert_array_equal(noise, GOLDEN["input.noise"])
 
 
@@ -141,10 +150,11 @@ def test_noise_is_drawn_once_in_every_step_but_the_last_and_never_by_ddim(num_st
         return normal(1)
 
     counts = [
-        len(after) for _ in sample(stand_in_velocities, normal(0), schedule, np.ones(num_steps), "dpmpp-2m-sde", draw)
+        len(after)
+        for _ in sample(guided(stand_in_velocities), normal(0), schedule, np.ones(num_steps), "dpmpp-2m-sde", draw)
     ]
     assert counts == [*range(1, num_steps), num_steps - 1]
-    list(sample(stand_in_velocities, normal(0), schedule, np.ones(num_steps), "ddim", no_noise))
+    list(sample(guided(stand_in_velocities), normal(0), schedule, np.ones(num_steps), "ddim", no_noise))
 
 
 def test_guidance_leads_from_the_unconditional_to_the_conditional_prediction() -> None:
@@ -153,7 +163,12 @@ def test_guidance_leads_from_the_unconditional_to_the_conditional_prediction() -
 
     def denoised(scale: float) -> Array:
         steps = sample(
-            lambda x, t: (unconditional, conditional), normal(0), schedule, np.array([scale]), "ddim", no_noise
+            guided(lambda x, t: (unconditional, conditional)),
+            normal(0),
+            schedule,
+            np.array([scale]),
+            "ddim",
+            no_noise,
         )
         return next(steps).denoised
 
@@ -171,7 +186,7 @@ def test_steps_are_made_one_at_a_time() -> None:
         seen.append(timestep)
         return x, x
 
-    steps: Iterator[Step] = sample(velocities, normal(0), schedule, np.ones(4), "ddim", no_noise)
+    steps: Iterator[Step] = sample(guided(velocities), normal(0), schedule, np.ones(4), "ddim", no_noise)
     assert seen == []
     assert next(steps).timestep == 999
     assert seen == [999]
@@ -180,6 +195,6 @@ def test_steps_are_made_one_at_a_time() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     schedule = make_schedule(DiffusionConfig(), 4)
     with refused_with(ConfigError, "guidance", 3, 4):
-        next(sample(stand_in_velocities, normal(0), schedule, np.ones(3), "ddim", no_noise))
+        next(sample(guided(stand_in_velocities), normal(0), schedule, np.ones(3), "ddim", no_noise))
     with refused_with(ConfigError, "sampler", "euler", "ddim", "dpmpp-2m-sde"):
-        next(sample(stand_in_velocities, normal(0), schedule, np.ones(4), "euler", no_noise))  # type: ignore[arg-type]
+        next(sample(guided(stand_in_velocities), normal(0), schedule, np.ones(4), "euler", no_noise))  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def test_ddim_is_that_of_diffusers() -> None:
     scheduler.set_timesteps(1000)
     noise = np.random.default_rng(0).standard_normal((4, 16), dtype=np.float32)
     steps = sample(
-        lambda x, timestep: (np.tanh(x), np.tanh(x)),
+        lambda x, timestep, scale: np.tanh(x),
         noise,
         make_schedule(CONFIG, 1000),
         np.ones(1000),

@@ -33,7 +33,7 @@ from ttt_video_engine.reference.vae import VaeDecoder, windows
 from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT
 from ttt_video_engine.runtime.config import ClipSize, DiffusionConfig, TransformerConfig, TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import BackendError, CheckpointError, ConfigError
-from ttt_video_engine.runtime.sampler import Array, Velocities, sample
+from ttt_video_engine.runtime.sampler import Array, Velocities, guided, sample
 from ttt_video_engine.runtime.schedule import make_schedule
 from ttt_video_engine.runtime.settings import Sampler
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
@@ -329,7 +329,9 @@ def _sampling_error(recording: _Recording, velocities: Velocities) -> float:
     noises = iter(step_noise)
     with recording.fitting():
         schedule = make_schedule(config, num_steps)
-        steps = list(sample(velocities, noise, schedule, guidance.double().numpy(), sampler, lambda: next(noises)))
+        steps = list(
+            sample(guided(velocities), noise, schedule, guidance.double().numpy(), sampler, lambda: next(noises))
+        )
     x, denoised = np.stack([step.latents for step in steps]), np.stack([step.denoised for step in steps])
     return max(recording.error("output.x", x), recording.error("output.denoised", denoised))
 

@@ -3,14 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 VENV := .venv/installed
 CONSTRAINTS := --constraint requirements-dev.lock
-BUNDLE := bundles/tiny
+BUNDLE := bundles/demo
+EMBEDDED := ttt_video_engine/demo_bundle
+LENGTHS := --length 3s --length 9s --length 18s --length 30s --length 63s
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench bench-export clean
+.PHONY: demo wheel test bench bench-export clean
 
 demo: $(VENV)  ## tiny preset with random weights: export and render
 	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
 	$(BIN)/ttt-video sample storyboards/kitchen-9s.json --bundle $(BUNDLE) --output-dir output --overwrite
+
+wheel: $(VENV)  ## dist/*.whl, with the demo model's bundle in it
+	$(BIN)/ttt-video export --config demo/demo.toml --checkpoint demo/checkpoint $(LENGTHS) --output $(EMBEDDED)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 test: $(VENV)
 	$(BIN)/ruff format --check
@@ -26,7 +32,7 @@ bench-export: $(VENV)  ## exports a full-size transformer; needs 34 GB of disk f
 	$(BIN)/python benchmarks/export.py
 
 clean:
-	rm -rf .venv bundles output build dist *.egg-info
+	rm -rf .venv bundles output build dist *.egg-info $(EMBEDDED)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

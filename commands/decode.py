@@ -13,6 +13,7 @@ from ttt_video_engine.commands.options import BundleOption, Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
 from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, Bundle, latent_shape, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
+from ttt_video_engine.runtime.demo_bundle import bundle_folder
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import check_folder
 from ttt_video_engine.runtime.frame_range import FrameRange
@@ -30,7 +31,7 @@ Windows = Iterator[NDArray[np.uint8]]
 
 def decode(
     run: Annotated[Path, typer.Argument(help=f"Folder of a render, with {LATENTS}.", show_default=False)],
-    bundle: BundleOption,
+    bundle: BundleOption = None,
     output: Annotated[
         Path | None, typer.Option(help="The mp4; replaced where it exists.", show_default=f"RUN/{VIDEO}")
     ] = None,
@@ -56,7 +57,7 @@ def decode(
 
     if png_sequence is not None:
         _refuse_mp4_options({"--output": output, "--fps": fps, "--crf": crf, "--codec": codec})
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle_folder(bundle))
     record, model = _record(run, opened), opened.manifest.model
     settings = record.settings
     video_format = VideoFormat(settings.fps if fps is None else fps, crf, codec or "h264")

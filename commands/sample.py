@@ -19,6 +19,7 @@ from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, availa
 from ttt_video_engine.planning.bundle_options import explain_bundle_options
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
 from ttt_video_engine.runtime.config import LengthName
+from ttt_video_engine.runtime.demo_bundle import bundle_folder
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
 from ttt_video_engine.runtime.events import (
@@ -50,11 +51,11 @@ T = TypeVar("T")
 
 
 def sample(
-    bundle: BundleOption,
     storyboards: Annotated[
         list[Path] | None,
         typer.Argument(help="JSON or JSONL files of scenes (eval.input_file).", show_default=False),
     ] = None,
+    bundle: BundleOption = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text of a scene, in place of a file; once for each scene.", rich_help_panel=_PROMPTS),
@@ -160,7 +161,7 @@ def sample(
     stated = SamplingOptions() if config is None else sampling_options(config)
     for warning in stated.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle_folder(bundle))
     framed = explain_bundle_options(
         opened,
         width=_first(width, stated.width),

@@ -1,6 +1,7 @@
 """The layout of the package: links, import layers, a runtime without torch, a complete wheel."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,6 +67,12 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "cli.py", *FOLDERS, PACKAGE.name):
         run("cp", "-a", ROOT / name, source)
+    demo = ("bundle.json", "transformer/model-3s.onnx", "transformer/model.onnx_data")
+    bundle = source / "ttt_video_engine/demo_bundle"
+    shutil.rmtree(bundle, ignore_errors=True)  # of `make wheel` in this folder
+    for name in demo:
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_bytes(b"")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     run(*pip, "--wheel-dir", tmp_path, source)
 
@@ -74,4 +81,5 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {f"ttt_video_engine/{path.relative_to(ROOT)}" for path in SOURCES}
     expected |= {f"ttt_video_engine/{name}" for name in ("__init__.py", "py.typed", "export/sources/prose.txt")}
+    expected |= {f"ttt_video_engine/demo_bundle/{name}" for name in demo}
     assert packed == expected

@@ -5,18 +5,30 @@ VENV := .venv/installed
 CONSTRAINTS := --constraint requirements-dev.lock
 BUNDLE := bundles/demo
 EMBEDDED := ttt_video_engine/demo_bundle
+EXPORT := $(BIN)/ttt-video export --config demo/demo.toml --checkpoint
+GUIDANCE := --guidance constant --guidance-scale 4
 LENGTHS := --length 3s --length 9s --length 18s --length 30s --length 63s
 
 .DELETE_ON_ERROR:
-.PHONY: demo wheel test bench bench-export clean
+.PHONY: demo judge wheel test bench bench-export clean
 
-demo: $(VENV)  ## tiny preset with random weights: export and render
-	$(BIN)/ttt-video export --preset tiny --length 9s --output $(BUNDLE)
-	$(BIN)/ttt-video sample storyboards/kitchen-9s.json --bundle $(BUNDLE) --output-dir output --overwrite
+demo: $(VENV)  ## exports the demo model and renders three scenes with it
+	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
+	$(BIN)/ttt-video sample storyboards/demo-9s.json --bundle $(BUNDLE) $(GUIDANCE) --output-dir output --overwrite
 
 wheel: $(VENV)  ## dist/*.whl, with the demo model's bundle in it
-	$(BIN)/ttt-video export --config demo/demo.toml --checkpoint demo/checkpoint $(LENGTHS) --output $(EMBEDDED)
+	$(EXPORT) demo/checkpoint $(LENGTHS) --output $(EMBEDDED)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+judge: $(VENV)  ## renders 100 held-out storyboards with TTT and without, and measures what they show
+	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
+	$(BIN)/python -m demo.without_ttt demo/checkpoint bundles/checkpoint-without-ttt
+	$(EXPORT) bundles/checkpoint-without-ttt --length 9s --output $(BUNDLE)-without-ttt
+	$(BIN)/python -m demo.held_out --scenes 3 --count 100 --output output/judge-3.jsonl
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE) $(GUIDANCE) --output-dir output/judge
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE)-without-ttt $(GUIDANCE) \
+		--output-dir output/judge-without-ttt
+	$(BIN)/python -m demo.evaluate output/judge output/judge-without-ttt
 
 test: $(VENV)
 	$(BIN)/ruff format --check

@@ -1,28 +1,45 @@
-"""Judges a training checkpoint: `python -m demo.evaluate --output DIR`, some minutes.
+"""Scores of rendered held-out storyboards: `python -m demo.evaluate FOLDER …`, a line for each folder of videos.
 
-Renders held-out storyboards of three scenes, prints the judge's scores and writes a contact sheet of the first clips.
+Each folder is an --output-dir of `ttt-video sample` for a file of `demo.held_out`. Only finished videos count.
 """
 
-from itertools import islice
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
-from PIL import Image
+import av
+import numpy as np
 
-from demo.command_line import output_folder
-from demo.contact_sheet import contact_sheet
+from demo.held_out import asked_for
 from demo.judge import judge
-from demo.sample import Trained, rendered
+from demo.scenes import Frames
+from demo.story import Script
+from ttt_video_engine.runtime.render_folder import SIDECAR, VIDEO
 
-_STORYBOARDS = 100
-_STEPS = 50
-_SHOWN = 8
+
+def done_videos(folder: Path) -> list[Path]:
+    """The folders of finished videos, in the order of their names."""
+    return sorted(sidecar.parent for sidecar in folder.glob(f"*/{SIDECAR}"))
+
+
+def frames_of(video: Path) -> Frames:
+    """All frames [F, height, width, 3] of a finished video."""
+    with av.open(video / VIDEO) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def judged(videos: list[Path]) -> Iterator[tuple[Script, list[str], Frames]]:
+    """What `judge` takes, of each video."""
+    for video in videos:
+        yield *asked_for(video.name), frames_of(video)
 
 
 def main() -> None:
-    folder = output_folder(__doc__)
-    trained = Trained.load(folder)
-    clips = list(rendered(trained, _STORYBOARDS, 3, _STEPS))
-    Image.fromarray(contact_sheet([frames for _, _, frames in islice(clips, _SHOWN)])).save(folder / "clips.png")
-    print(f"after {trained.num_done} steps: {judge(clips)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="+")
+    for folder in parser.parse_args().folder:
+        videos = done_videos(folder)
+        print(f"{folder}, {len(videos)} videos: {judge(judged(videos))}")
 
 
 if __name__ == "__main__":

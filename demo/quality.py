@@ -1,0 +1,116 @@
+"""What settings cost, and what they do to the videos of held-out storyboards:
+
+    python -m demo.quality --bundle bundles/demo --without-ttt bundles/demo-without-ttt --output output/quality
+
+prints a table in Markdown. Every row is a run of `ttt-video sample`, so a run that was ended is resumed by the same
+command, and rows that are done are only judged.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from demo.evaluate import done_videos, frames_of, judged
+from demo.held_out import held_out
+from demo.judge import judge
+from demo.scenes import Frames
+from ttt_video_engine.runtime.render_folder import SIDECAR
+
+_ROOT = Path(__file__).parents[1]
+_COLUMNS = ("background", "figure", "colour", "direction", "carried")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: videos of `num_scenes` scenes rendered with some options."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    num_scenes: int = 3
+    ttt: bool = True
+
+    @property
+    def folder(self) -> str:
+        return "_".join((str(self.num_scenes), "ttt" if self.ttt else "no-ttt", *self.options)).replace(":", "-")
+
+
+BASE = Row("the bundle's settings")
+ROWS = (
+    BASE,
+    *(Row(f"{steps} steps", ("--num-steps", str(steps))) for steps in (30, 20, 15, 10)),
+    *(Row(f"guidance scale {scale}", ("--guidance-scale", str(scale))) for scale in (1, 2, 6, 8)),
+    *(Row(f"{kind}, scale 6", ("--guidance", kind, "--guidance-scale", "6")) for kind in ("dynamic", "upstream")),
+    Row("DPM-Solver++(2M) SDE", ("--sampler", "dpmpp-2m-sde")),
+    Row("DPM-Solver++(2M) SDE, 20 steps", ("--sampler", "dpmpp-2m-sde", "--num-steps", "20")),
+    *(Row(f"guided in {part}", ("--guidance-interval", part)) for part in ("0:0.75", "0:0.5", "0:0.25", "0.5:1")),
+    *(Row(f"step cache {limit}", ("--step-cache", limit)) for limit in ("0.02", "0.05", "0.1", "0.2")),
+    Row("a negative prompt", ("--negative-prompt", "A figure in the desert at night.")),
+    Row("without TTT", ttt=False),
+    *(
+        Row(f"{num_scenes} scenes, {'with' if ttt else 'without'} TTT", num_scenes=num_scenes, ttt=ttt)
+        for num_scenes in (6, 21)
+        for ttt in (True, False)
+    ),
+)
+
+
+def psnr(frames: Frames, reference: Frames) -> float:
+    """In decibels, over 8 bits; infinite for equal frames."""
+    error = np.square(frames.astype(np.float32) - reference.astype(np.float32)).mean()
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def render(row: Row, bundle: Path, output: Path, count: int) -> Path:
+    """Renders what is not done yet of a row; the folder of its videos."""
+    storyboards = output / f"quality-{row.num_scenes}.jsonl"
+    storyboards.write_bytes(held_out(storyboards.stem, count))
+    folder = output / row.folder
+    command: list[str | Path] = [sys.executable, _ROOT / "cli.py", "sample", storyboards, *row.options]
+    subprocess.run([*command, "--bundle", bundle, "--output-dir", folder], check=True)
+    return folder
+
+
+def measured(row: Row, folder: Path, reference: Path) -> str:
+    """The row in Markdown, with the PSNR to the videos of `reference`."""
+    videos = done_videos(folder)
+    sidecars = [msgspec.json.decode((video / SIDECAR).read_bytes()) for video in videos]
+    passes = float(np.mean([sidecar["passes"] for sidecar in sidecars]))
+    seconds = float(np.median([sidecar["seconds"]["denoise"] for sidecar in sidecars]))
+    scores = judge(judged(videos))
+    near = "–"
+    if row.num_scenes == BASE.num_scenes and folder != reference:
+        near = f"{np.mean([psnr(frames_of(video), frames_of(reference / video.name)) for video in videos]):.1f}"
+    shares = [f"{getattr(scores, name):.0%}" for name in _COLUMNS]
+    return "| " + " | ".join([row.name, str(len(videos)), f"{passes:.0f}", f"{seconds:.1f}", near, *shares]) + " |"
+
+
+def table(rows: Iterable[Row], bundles: dict[bool, Path], output: Path, count: int) -> None:
+    """Renders and prints row by row."""
+    head = ("settings", "videos", "passes", "seconds", "PSNR", *_COLUMNS)
+    print("| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1), flush=True)
+    reference = output / BASE.folder
+    for row in rows:
+        # A clip of 21 scenes costs as much as seven of three.
+        folder = render(row, bundles[row.ttt], output, max(1, count * 3 // row.num_scenes))
+        print(measured(row, folder, reference), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--without-ttt", type=Path, required=True, help="the same, its gates closed")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=50, help="storyboards of three scenes")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    table(ROWS, {True: arguments.bundle, False: arguments.without_ttt}, arguments.output, arguments.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial{target.suffix}")
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         try:
             yield partial
             sync(partial)
@@ -70,6 +70,14 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and the parents that it lacks, on the disk when this returns. Raises OSError where that fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync(path.parent)
 
 
 def sync_tree(folder: Path) -> None:

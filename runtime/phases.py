@@ -180,10 +180,13 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     draw_contact_sheet(folder / CONTACT, picker.frames, _captions(job), _footer(job), scene_seconds=seconds)
     history = _after(history, "decode", perf_counter() - start)
     write_sidecar(job, model, num_frames, history, queue.load.environment(), _changes(job))
-    remove_states(folder)
-    (folder / HISTORY).unlink(missing_ok=True)
-    if not queue.options.keep_latents:
-        (folder / LATENTS).unlink(missing_ok=True)
+    try:
+        remove_states(folder)
+        (folder / HISTORY).unlink(missing_ok=True)
+        if not queue.options.keep_latents:
+            (folder / LATENTS).unlink(missing_ok=True)
+    except (OSError, OutputError) as error:  # the video is done all the same
+        queue.emit(RenderWarning(job.name, f"{error}; the video is done, and this file is left over"))
     queue.emit(VideoDone(job.name, folder / VIDEO, history.seconds))
 
 

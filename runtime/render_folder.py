@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from ttt_video_engine.runtime.errors import OutputError, RenderBusy
-from ttt_video_engine.runtime.files import atomic_write, check_folder, writing
+from ttt_video_engine.runtime.files import atomic_write, check_folder, make_folder, sync, writing
 from ttt_video_engine.runtime.prompts import PROMPTS
 from ttt_video_engine.runtime.run_record import RECORD, RunRecord, differences, read_record, write_record
 from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
@@ -66,22 +66,27 @@ def begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:
     check_begin(folder, record, overwrite=overwrite)
     if overwrite:
         clear(folder)
-    (folder / FAILURE).unlink(missing_ok=True)
+    _remove(folder / FAILURE)
     if read_record(folder) is None:
         write_record(folder, record)
 
 
 def clear(folder: Path) -> None:
-    """Removes what renders write, and nothing else; first what says that the video is done."""
+    """Removes what renders write, and nothing else; first what says that the video is done.
+
+    That is off the disk before the next goes, as a power cut may undo any removal that is not.
+    """
+    _remove(folder / SIDECAR)
     with writing(folder):
-        for path in (folder / SIDECAR, *states_in(folder).values(), *(folder / name for name in _PRODUCTS)):
-            path.unlink(missing_ok=True)
+        sync(folder)
+    for path in (*states_in(folder).values(), *(folder / name for name in _PRODUCTS)):
+        _remove(path)
 
 
 def remove_states(folder: Path) -> None:
     """Removes what only the steps needed, once the latents are finished."""
     for path in (*states_in(folder).values(), folder / TEXT):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def note_failure(folder: Path, stage: str, error: Exception) -> None:
@@ -106,7 +111,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     lock = FileLock(path, blocking=False)
     try:
         with writing(path):
@@ -121,9 +126,17 @@ def claimed(folder: Path) -> Iterator[None]:
                 partial.unlink(missing_ok=True)
         yield
     finally:
-        # It goes while it is locked: filelock, from 3.21, sees that a file it opened before is gone.
-        path.unlink(missing_ok=True)
+        # It goes while it is locked: filelock, from 3.21, sees that a file it opened before is gone. One that cannot be
+        # removed claims nothing.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         lock.release()
+
+
+def _remove(path: Path) -> None:
+    """Raises OutputError where a file that is there cannot be removed."""
+    with writing(path):
+        path.unlink(missing_ok=True)
 
 
 def _owner(path: Path) -> str:

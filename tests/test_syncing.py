@@ -15,7 +15,7 @@ from ttt_video_engine.export.stage import open_stage
 from ttt_video_engine.reference.checkpoints.lazy import lazy_state
 from ttt_video_engine.runtime.bundle import FileEntry
 from ttt_video_engine.runtime.errors import OutputError
-from ttt_video_engine.runtime.files import atomic_write, exchange, sha256_of
+from ttt_video_engine.runtime.files import atomic_write, exchange, make_folder, sha256_of
 
 Event = tuple[str, int, int]
 """(what, inode of what is synced or renamed, inode of the folder that it is renamed in)."""
@@ -73,6 +73,14 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path: Pa
     with atomic_write(tmp_path / "new" / "file.json") as partial:
         partial.write_text("content")
     assert_synced(events, 1)
+
+
+def test_a_new_folder_is_in_its_parent_before_anything_is_in_it(tmp_path: Path, events: list[Event]) -> None:
+    make_folder(tmp_path / "a/b/c")
+    synced = [inode for _, inode, _ in events]
+    assert synced == [(tmp_path / path).stat().st_ino for path in (".", "a", "a/b")]
+    make_folder(tmp_path / "a/b/c")
+    assert len(events) == 3
 
 
 def test_a_journal_is_synced_after_the_bytes_that_it_speaks_of(tmp_path: Path, events: list[Event]) -> None:

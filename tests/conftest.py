@@ -99,6 +99,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _first_export_then_the_rest(items)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests counted with `record_property`, such as how many crash points were tried."""
+    for report in terminalreporter.getreports("passed"):
+        for what, count in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {count} {what}")
+
+
 def _first_export_then_the_rest(items: list[pytest.Item]) -> None:
     """One worker exports the bundle while the others run the tests that do without it."""
     needing = [item for item in items if "shared_bundle" in getattr(item, "fixturenames", ())]

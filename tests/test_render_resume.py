@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 from messages import names
 from stand_in import DONE, StandInLoader, board, files_in, products, render, steps_of, storyboard_file
@@ -225,33 +224,6 @@ def test_what_a_killed_process_left_half_written_is_removed(shared_bundle: Path,
 def test_latents_can_be_left_out(shared_bundle: Path, tmp_path: Path) -> None:
     render(shared_bundle, tmp_path, keep_latents=False)
     assert files_in(tmp_path / "bear") == [name for name in DONE if name != "latents.safetensors"]
-
-
-_KILLED = """
-import os, random, sys, threading, time
-from pathlib import Path
-sys.path.insert(0, "tests")
-from stand_in import render
-from ttt_video_engine.runtime.settings import Settings
-after = float(sys.argv[4])
-threading.Thread(target=lambda: (time.sleep(after), os._exit(9)), daemon=True).start()
-render(Path(sys.argv[1]), Path(sys.argv[2]), settings=Settings(num_steps=40, sampler=sys.argv[3]))
-"""
-
-
-@BOTH
-def test_killed_at_any_moment_it_comes_to_the_same_bits(shared_bundle: Path, tmp_path: Path, sampler: Sampler) -> None:
-    """The process ends itself, without a handler or a clean-up, at five moments of its life."""
-    settings = of(sampler, 40)
-    render(shared_bundle, tmp_path / "whole", settings=settings)
-    random = np.random.default_rng()
-    for after in random.uniform(0.02, 0.5, size=5):
-        subprocess.run(
-            [sys.executable, "-c", _KILLED, shared_bundle, tmp_path / "cut", sampler, str(after)], cwd=ROOT, check=False
-        )
-    render(shared_bundle, tmp_path / "cut", settings=settings)
-    assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")
-    assert files_in(tmp_path / "cut/bear") == DONE
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -4,13 +4,14 @@ BIN := .venv/bin
 VENV := .venv/installed
 CONSTRAINTS := --constraint requirements-dev.lock
 BUNDLE := bundles/demo
+SHORT := bundles/tiny-3s
 EMBEDDED := ttt_video_engine/demo_bundle
 EXPORT := $(BIN)/ttt-video export --config demo/demo.toml --checkpoint
 GUIDANCE := --guidance constant --guidance-scale 4
 LENGTHS := --length 3s --length 9s --length 18s --length 30s --length 63s
 
 .DELETE_ON_ERROR:
-.PHONY: demo judge wheel test bench bench-export clean
+.PHONY: demo judge wheel test stress powercut diskfaults short bench bench-export clean
 
 demo: $(VENV)  ## exports the demo model and renders three scenes with it
 	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
@@ -36,6 +37,18 @@ test: $(VENV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+stress: short  ## 200 kills of renders; about 15 minutes
+	$(BIN)/python tests/stress.py --bundle $(SHORT)
+
+powercut: short  ## resumes a render from all that a power cut can leave; needs Linux and the right to mount
+	$(BIN)/python tests/power_cuts.py --bundle $(SHORT)
+
+diskfaults: short  ## fails every call that reaches the disk in turn; needs the same
+	$(BIN)/python tests/disk_faults.py --bundle $(SHORT)
+
+short: $(VENV)
+	$(BIN)/ttt-video export --preset tiny --length 3s --output $(SHORT)
 
 bench: $(VENV)
 	$(BIN)/python benchmarks/run.py

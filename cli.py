@@ -4,6 +4,7 @@ All imports are inside `main`, so that Ctrl-C during an import is also caught.
 """
 
 import sys
+from typing import TextIO, cast
 
 PROGRAM = "ttt-video"
 
@@ -13,8 +14,9 @@ def main() -> None:
 
     Exit codes: 0 success, 1 a check failed, 2 wrong input or environment, 70 a bug, 130 interrupted with Ctrl-C.
     """
-    debug = "--debug" in sys.argv
+    debug, before = "--debug" in sys.argv, sys.stderr
     try:
+        _keep_running_without_stderr()
         sys.exit(_run(sys.argv[1:] or ["--help"], debug))
     except SystemExit:
         raise
@@ -24,6 +26,15 @@ def main() -> None:
     except BaseException as error:
         # An import that Ctrl-C interrupts may raise another error.
         sys.exit(130 if _from_interrupt(error) else _report_unexpected(error, debug))
+    finally:
+        sys.stderr = before
+
+
+def _keep_running_without_stderr() -> None:
+    """A standard error that is full, or that nobody reads, must neither end a command nor change its exit code."""
+    from ttt_video_engine.commands.streams import LossyStream
+
+    sys.stderr = cast("TextIO", LossyStream(sys.stderr))
 
 
 def _run(arguments: list[str], debug: bool) -> int:

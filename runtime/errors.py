@@ -70,6 +70,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def brief(error: object, length: int = 200) -> str:
+    """What a library says of a file, on one line: such a message may quote the file at any length."""
+    text = " ".join(str(error)[: 10 * length].split())
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """The cure for an unknown name: the most similar known name, or all names where none is similar."""
     known = list(known)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,8 @@ def writing(target: Path) -> Iterator[None]:
             raise OutputError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
         if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
             raise OutputError(f"{target}: cannot be replaced ({error.strerror}); choose another folder") from error
+        if error.errno == errno.ENOENT:
+            raise OutputError(f"{target}: cannot be written (its folder was removed); run again") from error
         if error.errno == errno.EIO:
             raise OutputError(f"{target}: cannot be written ({error.strerror}); check the disk") from error
         raise
@@ -108,10 +111,15 @@ def exchange(first: Path, second: Path) -> bool:
 
 def check_folder(folder: Path) -> None:
     """Raises OutputError unless files can be written in `folder`, which need not exist yet."""
-    for path in (folder, *folder.absolute().parents):
-        if path.is_symlink() and not path.exists():
-            raise OutputError(f"{folder}: {path} is a link to {path.readlink()}, which is not there; choose another")
-    existing = folder if folder.exists() else _existing_parent(folder)
+    try:
+        for path in (folder, *folder.absolute().parents):
+            if path.is_symlink() and not path.exists():
+                raise OutputError(
+                    f"{folder}: {path} is a link to {path.readlink()}, which is not there; choose another"
+                )
+        existing = folder if folder.exists() else _existing_parent(folder)
+    except OSError as error:  # a folder above that cannot be searched
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"{folder}: {existing} is not a writable folder; choose another folder")
 
@@ -153,6 +161,20 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Raises OSError for anything else, which may never end or never begin, and for a file of more than `limit` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"has {status.st_size} bytes; at most {limit}", str(path))
+        return file.read(limit + 1)
 
 
 def sha256_of(path: Path) -> str:

@@ -32,7 +32,7 @@ from ttt_video_engine.runtime.files import atomic_write
 from ttt_video_engine.runtime.jobs import Job
 from ttt_video_engine.runtime.preview import preview_frames
 from ttt_video_engine.runtime.prompts import PROMPTS, prompt_text
-from ttt_video_engine.runtime.render_folder import CONTACT, PREVIEW, TEXT, VIDEO, begin, is_done, remove_states
+from ttt_video_engine.runtime.render_folder import CONTACT, PREVIEW, TEXT, VIDEO, Claim, begin, is_done, remove_states
 from ttt_video_engine.runtime.run_record import changes, read_record
 from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.sidecar import write_sidecar
@@ -89,11 +89,11 @@ class Queue:
         object.__setattr__(self, "tokenizer", SceneTokenizer.from_file(self.bundle.path(TOKENIZER)))
 
 
-Phase = Callable[[Queue, Job, Load], None]
+Phase = Callable[[Queue, Job, Load, Claim], None]
 """Does its stage for one video, in a folder that this process has claimed, unless it was done before."""
 
 
-def encode_text(queue: Queue, job: Job, load: Load) -> None:
+def encode_text(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
     """Begins or resumes the folder, and writes the embeddings that the steps need."""
     if is_done(job.folder) and not job.overwrite:
         return
@@ -110,10 +110,11 @@ def encode_text(queue: Queue, job: Job, load: Load) -> None:
     prompts = queue.tokenizer.encode(job.storyboard, queue.bundle.manifest.model.text_lengths[job.length])
     text = encode_prompts(load, prompts, queue.cache)
     facts = {"run": job.record.digest, "seconds": perf_counter() - start}
+    claim.check()
     save_tensors(job.folder / TEXT, {"text": text}, facts)
 
 
-def run_steps(queue: Queue, job: Job, load: Load) -> None:
+def run_steps(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
     """Denoises from the newest state that is whole, and writes a state after each step, then the latents."""
     folder, digest, num_steps = job.folder, job.record.digest, job.settings.num_steps
     if is_done(folder) or (folder / LATENTS).exists():
@@ -131,6 +132,7 @@ def run_steps(queue: Queue, job: Job, load: Load) -> None:
     began = before = perf_counter()
     with closing(denoise(queue.bundle, load, job.length, text, job.settings, start)) as steps:
         for state in steps:
+            claim.check()
             now = perf_counter()
             told = with_fields(history, passes=state.history.passes)
             state = replace(state, history=_after(told, "denoise", now - began))
@@ -157,7 +159,7 @@ def run_steps(queue: Queue, job: Job, load: Load) -> None:
                 return
 
 
-def write_video(queue: Queue, job: Job, load: Load) -> None:
+def write_video(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
     """Decodes finished latents into the mp4, then writes the contact sheet and, last, the sidecar."""
     folder, model = job.folder, queue.bundle.manifest.model
     if is_done(folder) or not (folder / LATENTS).exists():
@@ -171,6 +173,7 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
 
     def windows() -> Iterator[NDArray[np.uint8]]:
         for done, frames in enumerate(decode(queue.bundle, load, latents), start=1):
+            claim.check()
             picker.see(frames)
             yield frames
             queue.emit(WindowDecoded(job.name, done, num_windows, frames))
@@ -179,6 +182,7 @@ def write_video(queue: Queue, job: Job, load: Load) -> None:
     seconds = SCENE_FRAMES / job.settings.fps
     draw_contact_sheet(folder / CONTACT, picker.frames, _captions(job), _footer(job), scene_seconds=seconds)
     history = _after(history, "decode", perf_counter() - start)
+    claim.check()
     write_sidecar(job, model, num_frames, history, queue.load.environment(), _changes(job))
     try:
         remove_states(folder)

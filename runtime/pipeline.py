@@ -154,9 +154,9 @@ class _Run:
                 if job.name in self._outcomes:
                     continue
                 try:
-                    with claimed(job.folder):
+                    with claimed(job.folder, begun=stage != "text") as claim:
                         try:
-                            work(self._queue, job, graphs)
+                            work(self._queue, job, graphs, claim)
                         except Exception as error:
                             self._failed(job, stage, error)
                 except RenderBusy as busy:

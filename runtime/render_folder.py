@@ -16,7 +16,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from ttt_video_engine.runtime.errors import OutputError, RenderBusy
-from ttt_video_engine.runtime.files import atomic_write, check_folder, make_folder, sync, writing
+from ttt_video_engine.runtime.files import atomic_write, check_folder, make_folder, read_file, sync, writing
 from ttt_video_engine.runtime.prompts import PROMPTS
 from ttt_video_engine.runtime.run_record import RECORD, RunRecord, differences, read_record, write_record
 from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
@@ -24,6 +24,8 @@ from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
 TEXT, VIDEO, CONTACT, PREVIEW = "text.safetensors", "video.mp4", "contact.png", "preview.png"
 SIDECAR, FAILURE, LOCK = "video.json", "error.json", ".lock"
 FAILURE_VERSION = 1
+_MAX_DIFFERENCES = 8  # that a message names
+_MAX_OWNER = 1000  # bytes of what a lock says of its owner
 
 _PRODUCTS = (FAILURE, PROMPTS, TEXT, HISTORY, LATENTS, VIDEO, CONTACT, PREVIEW, RECORD)
 _PARTIAL = re.compile(
@@ -55,8 +57,9 @@ def check_begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:
                 f"{made}: exists, and no {RECORD} says what made it; use --overwrite or another --output-dir"
             )
     elif found := differences(begun, record):
+        more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
         raise OutputError(
-            f"{folder}: was begun with other inputs: {', '.join(found)}; "
+            f"{folder}: was begun with other inputs: {', '.join(found[:_MAX_DIFFERENCES])}{more}; "
             "render it with those, use --overwrite or another --output-dir"
         )
 
@@ -90,7 +93,9 @@ def remove_states(folder: Path) -> None:
 
 
 def note_failure(folder: Path, stage: str, error: Exception) -> None:
-    """Writes `error.json`. Raises OutputError where it cannot be written."""
+    """Writes `error.json`, in a folder that is there. Raises OutputError where it cannot be written."""
+    if not folder.is_dir():
+        return
     failure = {
         "format_version": FAILURE_VERSION,
         "stage": stage,
@@ -102,14 +107,38 @@ def note_failure(folder: Path, stage: str, error: Exception) -> None:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n")
 
 
+class Claim:
+    """The right of this process to write to a folder, for as long as its lock is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = (folder / LOCK).stat()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the lock is still that of this process: it is gone with a folder that was removed or replaced."""
+        try:
+            return os.path.samestat((self._folder / LOCK).stat(), self._lock)
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raises OutputError unless it holds. What is written after that may be beside the files of another process."""
+        if not self.holds:
+            raise OutputError(f"{self._folder}: was removed or replaced while its video was rendered; run again")
+
+
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Makes this process the one that writes to the folder, which is made where it is missing.
+def claimed(folder: Path, *, begun: bool = False) -> Iterator[Claim]:
+    """Makes this process the one that writes to the folder, which is made where it is missing, unless it was `begun`.
 
     The claim is a lock of the operating system, which ends with its process however that ends. What a killed process
-    left half-written is removed. Raises RenderBusy where another process has the folder.
+    left half-written is removed. Raises RenderBusy where another process has the folder, OutputError where it cannot
+    be written or was removed since it was begun.
     """
     path = folder / LOCK
+    if begun and not folder.is_dir():
+        raise OutputError(f"{folder}: was removed while its video was rendered; run again")
     with writing(folder):
         make_folder(folder)
     lock = FileLock(path, blocking=False)
@@ -118,18 +147,21 @@ def claimed(folder: Path) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         raise RenderBusy(f"{folder}: is being rendered by {_owner(path)}; wait for it, or stop it") from None
+    claim = None
     try:
         with writing(path):
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            claim = Claim(folder)
         for partial in folder.iterdir():
             if _PARTIAL.fullmatch(partial.name):
                 partial.unlink(missing_ok=True)
-        yield
+        yield claim
     finally:
         # It goes while it is locked: filelock, from 3.21, sees that a file it opened before is gone. One that cannot be
         # removed claims nothing.
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            if claim is None or claim.holds:
+                path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -141,7 +173,7 @@ def _remove(path: Path) -> None:
 
 def _owner(path: Path) -> str:
     try:
-        owner = json.loads(path.read_bytes())
+        owner = json.loads(read_file(path, _MAX_OWNER))
         return f"process {int(owner['pid'])} on {str(owner['host'])[:100]}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

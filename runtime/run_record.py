@@ -4,21 +4,22 @@ import hashlib
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from ttt_video_engine.runtime.errors import OutputError
-from ttt_video_engine.runtime.files import atomic_write
+from ttt_video_engine.runtime.errors import OutputError, brief
+from ttt_video_engine.runtime.files import atomic_write, read_file
 from ttt_video_engine.runtime.settings import Settings
-from ttt_video_engine.runtime.storyboard import Scene
+from ttt_video_engine.runtime.storyboard import MAX_FILE_BYTES, Scene
 
 RECORD = "run.json"
-RECORD_VERSION = 1
 _CHOSEN = ("engine", "provider")
 """Of the environment, what a user chooses: another would give another video."""
 _MAX_SHOWN = 40
+_MAX_BYTES = 2 * MAX_FILE_BYTES
+"""Of a file; what the largest storyboard comes to."""
 
 
 class BundleRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +34,7 @@ class BundleRecord(Struct, frozen=True, forbid_unknown_fields=True):
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of `run.json`. `environment` and `versions` are those of the first start."""
 
-    format_version: int = RECORD_VERSION
+    format_version: Literal[1] = 1
     length: str
     scenes: tuple[Scene, ...]
     settings: Settings
@@ -53,11 +54,13 @@ def read_record(folder: Path) -> RunRecord | None:
     """What a folder was begun with; None for one that was not. Raises OutputError where it cannot be read."""
     path = folder / RECORD
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunRecord)
+        return msgspec.json.decode(read_file(path, _MAX_BYTES), type=RunRecord)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}); use --overwrite or another --output-dir") from error
+        raise OutputError(
+            f"{path}: cannot be read ({brief(error)}); use --overwrite or another --output-dir"
+        ) from error
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
@@ -103,7 +106,7 @@ def _compare(path: str, old: Any, new: Any) -> Iterator[str]:
             yield from _compare(f"{path} {number}", before, after)
     elif old != new:
         skip = _common(old, new) if isinstance(old, str) and isinstance(new, str) else 0
-        yield f"{path} {_shown(old, skip)} → {_shown(new, skip)}"
+        yield f"{_shown(path)} {_shown(old, skip)} → {_shown(new, skip)}"
 
 
 def _common(old: str, new: str) -> int:

@@ -8,23 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from ttt_video_engine.runtime.errors import DamagedFile, OutputError
-from ttt_video_engine.runtime.files import atomic_write
+from ttt_video_engine.runtime.errors import DamagedFile, OutputError, brief
+from ttt_video_engine.runtime.files import atomic_write, read_file
 from ttt_video_engine.runtime.passes import Reusable
 from ttt_video_engine.runtime.sampler import Array, Step
 from ttt_video_engine.runtime.tensor_file import load_tensors, save_tensors
 
 LATENTS, HISTORY = "latents.safetensors", "history.json"
+_MAX_HISTORY = 1 << 20
 KEPT = 2
 """States that a folder holds: the newest, and the one before it in case the newest is damaged."""
 
 _STATE = re.compile(r"state-(\d{4,})\.safetensors", re.ASCII)
+
+
+_StepsDone = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
 class History(Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,8 +36,31 @@ class History(Struct, frozen=True, forbid_unknown_fields=True):
     passes of the transformer, one for a prompt in a step."""
 
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
-    resumed: tuple[int, ...] = ()
+    resumed: tuple[_StepsDone, ...] = ()
     passes: int = 0
+
+
+class _ReusableFacts(Struct, frozen=True, forbid_unknown_fields=True):
+    guided: bool
+    rate: float | None
+    deviation: float
+
+
+class _Facts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a state file holds beside its arrays."""
+
+    run: str
+    steps_done: _StepsDone
+    num_steps: _StepsDone
+    timestep: Annotated[int, Meta(ge=0, le=1 << 31)]
+    guidance: float
+    generator: dict[str, Any]
+    history: History
+    reusable: _ReusableFacts | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps_done >= self.num_steps:  # after the last step there are latents, and no state
+            raise ValueError(f"steps_done is {self.steps_done} of {self.num_steps}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,21 +117,22 @@ def save_state(folder: Path, state: StepState, run: str) -> None:
     Raises OutputError, which names the state that is kept, where the disk is full or fails.
     """
     step = state.step
-    facts = {
-        "run": run,
-        "steps_done": state.steps_done,
-        "num_steps": step.num_steps,
-        "timestep": step.timestep,
-        "guidance": step.guidance,
-        "generator": state.generator,
-        "history": msgspec.to_builtins(state.history),
-    }
+    last = state.reusable
+    facts = _Facts(
+        run=run,
+        steps_done=state.steps_done,
+        num_steps=step.num_steps,
+        timestep=step.timestep,
+        guidance=step.guidance,
+        generator=state.generator,
+        history=state.history,
+        reusable=None if last is None else _ReusableFacts(last.guided, last.rate, last.deviation),
+    )
     arrays = {"latents": step.latents, "denoised": step.denoised}
-    if (last := state.reusable) is not None:
+    if last is not None:
         arrays |= {"reusable.latents": last.latents, "reusable.change": last.change}
-        facts["reusable"] = {"guided": last.guided, "rate": last.rate, "deviation": last.deviation}
     with naming_what_is_kept(folder):
-        save_tensors(state_path(folder, state.steps_done), arrays, facts)
+        save_tensors(state_path(folder, state.steps_done), arrays, msgspec.to_builtins(facts))
     for path in list(states_in(folder).values())[KEPT:]:
         path.unlink(missing_ok=True)
 
@@ -120,29 +148,25 @@ def load_state(path: Path, shape: tuple[int, ...], run: str, *, reuses: bool = F
     arrays, facts = load_tensors(path, shapes)
     _check_run(path, facts, run)
     try:
-        reusable = _reusable(arrays, facts["reusable"]) if reuses else None
-        restored_generator(facts["generator"])
-        step = Step(
-            index=facts["steps_done"] - 1,
-            num_steps=facts["num_steps"],
-            timestep=facts["timestep"],
-            guidance=facts["guidance"],
-            latents=arrays["latents"],
-            denoised=arrays["denoised"],
-        )
-        return StepState(step, facts["generator"], msgspec.convert(facts["history"], History), reusable)
-    except (KeyError, ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
-        raise DamagedFile(f"{path}: is damaged ({error})") from error
-
-
-def _reusable(arrays: dict[str, Array], facts: dict[str, Any]) -> Reusable:
-    return Reusable(
-        latents=arrays["reusable.latents"],
-        change=arrays["reusable.change"],
-        guided=msgspec.convert(facts["guided"], bool),
-        rate=msgspec.convert(facts["rate"], float | None),
-        deviation=msgspec.convert(facts["deviation"], float),
+        found = msgspec.convert(facts, _Facts)
+        if (found.reusable is not None) != reuses:
+            raise ValueError("what the next step may reuse is missing, or not asked for")
+        generator = dict(restored_generator(found.generator).bit_generator.state)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:  # msgspec's errors are ValueErrors
+        raise DamagedFile(f"{path}: is damaged ({brief(error)})") from error
+    step = Step(
+        found.steps_done - 1,
+        found.num_steps,
+        found.timestep,
+        found.guidance,
+        latents=arrays["latents"],
+        denoised=arrays["denoised"],
     )
+    reusable = None
+    if (last := found.reusable) is not None:
+        kept, change = arrays["reusable.latents"], arrays["reusable.change"]
+        reusable = Reusable(kept, change, last.guided, last.rate, last.deviation)
+    return StepState(step, generator, found.history, reusable)
 
 
 def usable_states(
@@ -177,7 +201,7 @@ def load_latents(folder: Path, shape: tuple[int, ...], run: str) -> Array:
 def load_history(folder: Path) -> History:
     """The history of finished latents; an empty one where it is missing or damaged, as nothing depends on it."""
     try:
-        return msgspec.json.decode((folder / HISTORY).read_bytes(), type=History)
+        return msgspec.json.decode(read_file(folder / HISTORY, _MAX_HISTORY), type=History)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return History()
 

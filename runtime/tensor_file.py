@@ -6,6 +6,7 @@ dtype, shape and bytes of every array.
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ttt_video_engine.runtime.errors import DamagedFile
+from ttt_video_engine.runtime.errors import DamagedFile, brief
 from ttt_video_engine.runtime.files import atomic_write, check_space
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -34,7 +35,7 @@ def save_tensors(target: Path, arrays: Arrays, facts: Facts) -> None:
     facts = dict(facts)
     # Not `save_file`, which hides what the system says of a full disk.
     # One entry of metadata, as safetensors writes several in an order that changes from run to run.
-    content = save(arrays, {_METADATA: json.dumps({"sha256": _checksum(arrays, facts), "facts": facts})})
+    content = save(arrays, {_METADATA: json.dumps({"sha256": checksum_of(arrays, facts), "facts": facts})})
     with atomic_write(target) as partial:
         partial.write_bytes(content)
 
@@ -46,16 +47,20 @@ def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
     """
     expected = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     try:
-        if path.stat().st_size > expected + _HEADER:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedFile(f"{path}: is damaged (it is not a regular file)")
+        if status.st_size > expected + _HEADER:
             raise DamagedFile(f"{path}: is damaged (it is larger than its arrays)")
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
         record = json.loads(metadata[_METADATA])
         facts, checksum = record["facts"], record["sha256"]
+        found = checksum_of(arrays, facts)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedFile(f"{path}: is damaged ({' '.join(str(error).split())})") from error
-    if checksum != _checksum(arrays, facts):
+        raise DamagedFile(f"{path}: is damaged ({brief(error)})") from error
+    if checksum != found:
         raise DamagedFile(f"{path}: is damaged (its bytes do not have their checksum)")
     if {name: (array.shape, array.dtype) for name, array in arrays.items()} != {
         name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()
@@ -64,7 +69,8 @@ def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
     return arrays, facts
 
 
-def _checksum(arrays: Arrays, facts: Facts) -> str:
+def checksum_of(arrays: Arrays, facts: Facts) -> str:
+    """Hex SHA-256 of arrays, with their names, dtypes and shapes, and of the facts beside them."""
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\0{name} {array.dtype} {array.shape}\0".encode())

@@ -6,11 +6,14 @@ are unchanged, and so is every empty negative prompt.
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import OutputError
@@ -20,6 +23,12 @@ LIMIT = 2 << 30
 """Bytes that the files of a cache may take. The least recently used are deleted first."""
 
 _SUFFIX = ".embedding"
+_ENTRY = re.compile(r"[0-9a-f]{64}\.embedding", re.ASCII)
+_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.embedding\.\d+\.partial\.embedding", re.ASCII)
+"""What `atomic_write` leaves of an entry when its process is killed."""
+_LOCK = ".lock"
+_PATIENCE = 10.0
+"""Seconds that a process waits for another to write an entry. After that its own is not stored."""
 _MAX_WIDTH = 1 << 16
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -34,18 +43,22 @@ class TextCache:
     `width` is d_model; None accepts any.
 
     An entry is a SHA-256 of `encoder`, ids and data, then the data as little-endian float32. Faults of the cache are
-    not errors: a damaged entry is ignored, and an entry that cannot be written is not stored.
+    not errors: a damaged entry is ignored, and an entry that cannot be written is not stored. Entries are written and
+    deleted under a lock, so what is half-written while a process has the lock is that of a process that was killed; it
+    is removed when a cache is first read from, and whenever an entry is stored.
     """
 
     def __init__(
         self, folder: Path | None, encoder: str, width: int | None = None, verify: Callable[[], None] | None = None
     ) -> None:
         self._folder, self._encoder, self._width, self._verify = folder, encoder, width, verify
+        self._cleaned = folder is None
 
     def get(self, ids: NDArray[np.int64]) -> Floats | None:
         """The stored embedding of these ids, or None."""
         if self._folder is None:
             return None
+        self._clean()
         key = self._key(ids)
         path = _path(self._folder, key)
         try:
@@ -76,10 +89,25 @@ class TextCache:
         key = self._key(ids)
         data = np.ascontiguousarray(embedding, dtype="<f4").tobytes()
         try:
-            with atomic_write(_path(self._folder, key)) as partial:
-                partial.write_bytes(_checksum(key, data) + data)
-            _prune(self._folder)
-        except (OSError, OutputError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder, _PATIENCE):
+                _remove_partial(self._folder)
+                with atomic_write(_path(self._folder, key)) as partial:
+                    partial.write_bytes(_checksum(key, data) + data)
+                _prune(self._folder)
+        except (OSError, OutputError, Timeout):
+            return
+
+    def _clean(self) -> None:
+        """Removes, once, what killed processes left, unless another process is writing now."""
+        if self._cleaned or self._folder is None or not self._folder.is_dir():
+            return
+        self._cleaned = True
+        try:
+            if any(map(_PARTIAL.fullmatch, os.listdir(self._folder))):
+                with _locked(self._folder, 0):
+                    _remove_partial(self._folder)
+        except (OSError, Timeout):
             return
 
     def _accepts(self, width: int) -> bool:
@@ -98,8 +126,28 @@ def _checksum(key: bytes, data: bytes) -> bytes:
     return hashlib.sha256(key + data).digest()
 
 
+@contextmanager
+def _locked(folder: Path, patience: float) -> Iterator[None]:
+    """Raises Timeout where another process has the lock for longer than `patience` seconds."""
+    path = folder / _LOCK
+    with FileLock(path, timeout=patience):
+        try:
+            yield
+        finally:
+            # While it is locked: filelock, from 3.21, sees that a file it opened before is gone.
+            path.unlink(missing_ok=True)
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def _prune(folder: Path) -> None:
-    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob(f"*{_SUFFIX}"))
+    files = sorted(
+        (path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if _ENTRY.fullmatch(path.name)
+    )
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= LIMIT:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,7 +14,8 @@ from messages import names
 from stand_in import board, files_in, products, render, steps_of, storyboard_file
 
 from ttt_video_engine.runtime.errors import OutputError
-from ttt_video_engine.runtime.events import Event, VideoDone, VideoFailed
+from ttt_video_engine.runtime.events import Event, StepDone, VideoDone, VideoFailed, WindowDecoded
+from ttt_video_engine.runtime.files import check_folder
 from ttt_video_engine.runtime.step_state import states_in
 
 ROOT = Path(__file__).parents[1]
@@ -139,3 +141,62 @@ def test_nobody_to_tell_ends_no_batch(shared_bundle: Path, tmp_path: Path, redir
     done = subprocess.run(["sh", "-c", line, "sh", *command(shared_bundle, tmp_path)], cwd=ROOT, check=False)
     assert done.returncode == code
     assert sorted(path.parent.name for path in tmp_path.rglob("video.json")) == ["many-001", "many-002"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_an_error_that_cannot_be_shown_has_its_exit_code(tmp_path: Path, redirection: str) -> None:
+    arguments = ["sample", str(tmp_path / "absent.json"), "--bundle", str(tmp_path)]
+    line = '"$@" ' + redirection
+    command = ["sh", "-c", line, "sh", sys.executable, "cli.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_folder_that_cannot_be_searched_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user who may not look into /root."""
+
+    def is_symlink(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_symlink", is_symlink)
+    with pytest.raises(OutputError) as refused:
+        check_folder(tmp_path / "closed/out")
+    names(str(refused.value), tmp_path / "closed/out")
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_removed_meanwhile_is_no_success(
+    shared_bundle: Path, tmp_path: Path, stage: str, replaced: bool
+) -> None:
+    """What another process made in its place is left alone."""
+
+    def remove(event: Event) -> None:
+        happened = isinstance(event, StepDone) and event.steps_done == 2
+        if happened if stage == "denoise" else isinstance(event, WindowDecoded) and event.windows_done == 2:
+            shutil.rmtree(tmp_path / "out")
+            if replaced:
+                (tmp_path / "out/bear").mkdir(parents=True)
+                (tmp_path / "out/bear/.lock").write_text("another's")
+
+    failed = render(shared_bundle, tmp_path / "out", on_event=remove)["bear"]
+    assert isinstance(failed, VideoFailed) and isinstance(failed.error, OutputError)
+    names(failed.message, "out/bear")
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left == ({".lock", "error.json"} if replaced else set())
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert isinstance(render(shared_bundle, tmp_path / "out")["bear"], VideoDone)
+
+
+def test_the_clock_does_not_matter(shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes backwards by years, and files are of the future."""
+    render(shared_bundle, tmp_path / "whole")
+    render(shared_bundle, tmp_path / "cut", stop_after=2)
+    for age, path in enumerate(sorted((tmp_path / "cut/bear").iterdir())):
+        os.utime(path, (4e9 - age, 4e9 - age))
+    monkeypatch.setattr("time.time", lambda: 1e6)
+    events: list[Event] = []
+    assert isinstance(render(shared_bundle, tmp_path / "cut", on_event=events.append)["bear"], VideoDone)
+    assert steps_of(events) == [3, 4]
+    assert products(tmp_path / "cut/bear") == products(tmp_path / "whole/bear")

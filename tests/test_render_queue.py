@@ -28,6 +28,7 @@ from ttt_video_engine.runtime.events import (
     WindowDecoded,
     to_json,
 )
+from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.jobs import in_shard
 from ttt_video_engine.runtime.render_folder import claimed
 from ttt_video_engine.runtime.settings import Settings
@@ -268,3 +269,50 @@ def test_a_command_with_a_failing_video(run: Run, shared_bundle: Path, tmp_path:
 
 def test_settings_are_the_bundles_own_where_none_are_given() -> None:
     assert Settings() == Settings(num_steps=50)
+
+
+_ONE_OF_TWO = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from stand_in import board, render
+from ttt_video_engine.runtime.events import VideoDone
+sys.stdin.readline()
+outcomes = render(Path(sys.argv[1]), Path(sys.argv[2]), *(board(f"v{number}") for number in range(4)))
+for name, outcome in outcomes.items():
+    print(name, type(outcome).__name__)
+"""
+
+
+def test_two_processes_share_a_queue(shared_bundle: Path, tmp_path: Path) -> None:
+    """They start at once. Every video is made, with one sidecar that is its own; none fails."""
+    command = [sys.executable, "-c", _ONE_OF_TWO, str(shared_bundle), str(tmp_path / "both")]
+    pair = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in pair:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=300)[0].split() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    outcomes = [dict(zip(words[::2], words[1::2], strict=True)) for words in told]
+    assert {kind for found in outcomes for kind in found.values()} <= {"VideoDone", "VideoSkipped", "VideoBusy"}
+    render(shared_bundle, tmp_path / "alone", *(board(f"v{number}") for number in range(4)))
+    for name in ("v0", "v1", "v2", "v3"):
+        assert [found[name] for found in outcomes].count("VideoDone") == 1
+        folder = tmp_path / "both" / name
+        assert products(folder) == products(tmp_path / "alone" / name)
+        assert json.loads((folder / "video.json").read_bytes())["sha256"] == sha256_of(folder / "video.mp4")
+
+
+def test_nan_in_the_first_step_is_seen_in_it(shared_bundle: Path, tmp_path: Path) -> None:
+    runs: list[int] = []
+
+    def change(name: str, run: int, outputs: Arrays) -> Arrays:
+        runs.append(run)
+        return spoil("transformer", 1, np.nan)(name, run, outputs)
+
+    failed = render(shared_bundle, tmp_path, loader=StandInLoader(open_bundle(shared_bundle), change))["bear"]
+    assert isinstance(failed, VideoFailed) and max(runs) == 1
+    names(failed.message, "step 1 of 4", "velocity")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
 from ttt_video_engine.runtime import text_cache
@@ -97,3 +98,21 @@ def test_the_encoder_is_loaded_only_for_what_is_new(shared_bundle: Path, tmp_pat
     changed = encode([*scenes[:2], "A fox tastes it."])
     assert loads == [TEXT_ENCODER] * 2 and len(list((tmp_path / "text").iterdir())) == 5
     np.testing.assert_array_equal(changed[:, :2], first[:, :2])
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    cache = TextCache(tmp_path, "an encoder")
+    cache.put(IDS, EMBEDDING)
+    (entry,) = tmp_path.iterdir()
+    left = tmp_path / f".{entry.name}.123.partial.embedding"
+    mine = [tmp_path / "notes.txt", tmp_path / ".mine.123.partial.embedding"]
+    for path in (left, *mine):
+        path.write_text("a")
+    with FileLock(tmp_path / ".lock"):  # as a process that writes has it
+        assert TextCache(tmp_path, "an encoder").get(IDS) is not None
+        assert left.exists()
+    assert TextCache(tmp_path, "an encoder").get(IDS) is not None
+    assert not left.exists() and all(path.exists() for path in mine)
+    left.write_text("a")
+    cache.put(IDS + 1, EMBEDDING)
+    assert not left.exists() and len(list(tmp_path.glob("[!.]*.embedding"))) == 2

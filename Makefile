@@ -9,9 +9,11 @@ EMBEDDED := ttt_video_engine/demo_bundle
 EXPORT := $(BIN)/ttt-video export --config demo/demo.toml --checkpoint
 GUIDANCE := --guidance constant --guidance-scale 4
 LENGTHS := --length 3s --length 9s --length 18s --length 30s --length 63s
+CASES ?= 100000
+SEED ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo judge wheel test stress powercut diskfaults short bench bench-export clean
+.PHONY: demo judge wheel test stress powercut diskfaults fuzz short bench bench-export clean
 
 demo: $(VENV)  ## exports the demo model and renders three scenes with it
 	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
@@ -50,6 +52,9 @@ diskfaults: short  ## fails every call that reaches the disk in turn; needs the 
 short: $(VENV)
 	$(BIN)/ttt-video export --preset tiny --length 3s --output $(SHORT)
 
+fuzz: $(VENV)  ## 100,000 files that are nearly right; SEED=2 makes others
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
 bench: $(VENV)
 	$(BIN)/python benchmarks/run.py
 
@@ -57,7 +62,7 @@ bench-export: $(VENV)  ## exports a full-size transformer; needs 34 GB of disk f
 	$(BIN)/python benchmarks/export.py
 
 clean:
-	rm -rf .venv bundles output build dist *.egg-info $(EMBEDDED)
+	rm -rf .venv bundles output fuzz-failures build dist *.egg-info $(EMBEDDED)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

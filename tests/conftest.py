@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from ttt_video_engine.cli import main
 from ttt_video_engine.runtime.files import sha256_of
@@ -17,6 +18,10 @@ from ttt_video_engine.runtime.files import sha256_of
 LONGEST_EXPORT = 600
 """Seconds that a worker waits for the one that exports the bundle."""
 
+
+# The same examples in every run; `make fuzz` explores others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 Run = Callable[..., tuple[int, str, str]]
 History = tuple[dict[str, str], list[list[str]]]

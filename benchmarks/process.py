@@ -63,7 +63,7 @@ def decode_and_report(bundle_path: str, length: str) -> None:
     from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
     from ttt_video_engine.runtime.bundle import latent_shape, open_bundle
     from ttt_video_engine.runtime.stages import decode
-    from ttt_video_engine.runtime.video import write_mp4
+    from ttt_video_engine.runtime.video import VideoFormat, write_video
 
     bundle = open_bundle(Path(bundle_path))
     model = bundle.manifest.model
@@ -71,5 +71,5 @@ def decode_and_report(bundle_path: str, length: str) -> None:
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     target = Path(bundle_path).with_name(f"{length}.mp4")
     windows = decode(bundle, OnnxRuntimeLoader(bundle), latents)
-    frames = write_mp4(target, windows, width=model.width, height=model.height, fps=16)
+    frames = write_video(target, windows, VideoFormat(), width=model.width, height=model.height)
     print(frames, peak_memory() / 2**20)

@@ -9,7 +9,7 @@ import typer
 from numpy.typing import NDArray
 
 from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader
-from ttt_video_engine.commands.options import BundleOption, Debug
+from ttt_video_engine.commands.options import BundleOption, Debug, codec_option, crf_option
 from ttt_video_engine.commands.progress import ProgressDisplay
 from ttt_video_engine.runtime.bundle import VAE_FIRST, VAE_NEXT, Bundle, latent_shape, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
@@ -20,11 +20,11 @@ from ttt_video_engine.runtime.frame_range import FrameRange
 from ttt_video_engine.runtime.png_sequence import check_png_folder, write_pngs
 from ttt_video_engine.runtime.render_folder import VIDEO
 from ttt_video_engine.runtime.run_record import RECORD, RunRecord, read_record
-from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.settings import BackendName, Codec, Settings
 from ttt_video_engine.runtime.stages import Floats
 from ttt_video_engine.runtime.stages import decode as decode_windows
 from ttt_video_engine.runtime.step_state import LATENTS, load_latents
-from ttt_video_engine.runtime.video import Codec, VideoFormat, write_video
+from ttt_video_engine.runtime.video import VideoFormat, with_crf, write_video
 
 Windows = Iterator[NDArray[np.uint8]]
 
@@ -33,15 +33,14 @@ def decode(
     run: Annotated[Path, typer.Argument(help=f"Folder of a render, with {LATENTS}.", show_default=False)],
     bundle: BundleOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="The mp4; replaced where it exists.", show_default=f"RUN/{VIDEO}")
+        Path | None,
+        typer.Option(help="The mp4; replaced where it exists.", show_default=f"RUN/{VIDEO}, or a name beside it"),
     ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the mp4.", show_default="the render's")
     ] = None,
-    crf: Annotated[
-        int | None, typer.Option(help="Quality: lower is better and larger.", show_default="18, 20 or 30 by codec")
-    ] = None,
-    codec: Annotated[Codec | None, typer.Option(help="Codec of the mp4.", show_default="h264")] = None,
+    codec: Annotated[Codec | None, codec_option("the render's")] = None,
+    crf: Annotated[int | None, crf_option("the render's; of another codec 18, 20 or 30")] = None,
     frames: Annotated[
         str | None, typer.Option(help="START:END: these frames only, as a slice of Python.", show_default="all")
     ] = None,
@@ -60,12 +59,12 @@ def decode(
     opened = open_bundle(bundle_folder(bundle))
     record, model = _record(run, opened), opened.manifest.model
     settings = record.settings
-    video_format = VideoFormat(settings.fps if fps is None else fps, crf, codec or "h264")
+    video_format = _video_format(settings, fps, codec, crf)
     loader = make_loader(opened, engine, provider, gpu_memory, low_memory=settings.low_memory)
     latents = _latents(run, opened, record)
     size = model.clip_size(record.length)
     wanted = FrameRange.parse(frames or ":", model.num_video_frames(size))
-    target = png_sequence or output or run / (VIDEO if frames is None else f"video-{wanted.start}-{wanted.stop}.mp4")
+    target = png_sequence or output or run / _name(settings, video_format, None if frames is None else wanted)
     if png_sequence is not None:
         check_png_folder(png_sequence)
     else:
@@ -102,6 +101,29 @@ def _latents(run: Path, bundle: Bundle, record: RunRecord) -> Floats:
     model = bundle.manifest.model
     shape = (1, *latent_shape(model, model.clip_size(record.length)))
     return load_latents(run, shape, record.digest)
+
+
+def _video_format(settings: Settings, fps: float | None, codec: Codec | None, crf: int | None) -> VideoFormat:
+    """What the options state, else as the render's mp4. Its CRF means nothing in another codec."""
+    if crf is None and codec in (None, settings.codec):
+        crf = settings.crf
+    return VideoFormat(settings.fps if fps is None else fps, crf, codec or settings.codec)
+
+
+def _name(settings: Settings, video_format: VideoFormat, frames: FrameRange | None) -> str:
+    """`video.mp4` for the mp4 that the sidecar describes; another says in its name what is different."""
+    same_codec = video_format.codec == settings.codec
+    usual = with_crf(settings if same_codec else Settings(codec=video_format.codec))
+    parts = [Path(VIDEO).stem]
+    if frames is not None:
+        parts.append(f"{frames.start}-{frames.stop}")
+    if video_format.fps != settings.fps:
+        parts.append(f"{float(video_format.fps):g}fps")
+    if not same_codec:
+        parts.append(video_format.codec)
+    if video_format.crf not in (None, usual.crf):
+        parts.append(f"crf{video_format.crf}")
+    return "-".join(parts) + Path(VIDEO).suffix
 
 
 def _refuse_mp4_options(options: dict[str, object]) -> None:

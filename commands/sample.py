@@ -11,7 +11,7 @@ import typer
 from msgspec.structs import replace
 
 from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader
-from ttt_video_engine.commands.options import BundleOption, Debug
+from ttt_video_engine.commands.options import BundleOption, Debug, codec_option, crf_option
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, resuming_command
 from ttt_video_engine.commands.streams import LossyStream
@@ -39,7 +39,7 @@ from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.prompts import storyboard_of_prompts, with_negative_prompt
 from ttt_video_engine.runtime.public_config import SamplingOptions
 from ttt_video_engine.runtime.sampling_file import sampling_options
-from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Guidance, Sampler
+from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Codec, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.user_cache import cache_folder
@@ -103,6 +103,8 @@ def sample(
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the mp4 (eval.sampling_fps).", show_default="16")
     ] = None,
+    codec: Annotated[Codec | None, codec_option("h264")] = None,
+    crf: Annotated[int | None, crf_option("18, 20 or 30 by codec")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (job.seed).", min=0, max=MAX_SEED, show_default="42")
     ] = None,
@@ -183,11 +185,15 @@ def sample(
         "guidance": guidance,
         "sampler": sampler,
         "fps": _first(fps, stated.fps),
+        "codec": codec,
+        "crf": crf,
         "seed": _first(seed, stated.seed),
         "low_memory": low_memory,
         "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
         "step_cache": step_cache,
     }
+    if codec not in (None, settings.codec):
+        settings = replace(settings, crf=None)  # of the bundle's codec
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider))
     jobs = pipeline.prepare(boards, settings, output_dir, overwrite=overwrite)

@@ -31,7 +31,7 @@ from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.step_state import LATENTS, states_in
 from ttt_video_engine.runtime.storyboard import Storyboard, length_of
 from ttt_video_engine.runtime.tokenizer import SceneTokenizer, Truncation
-from ttt_video_engine.runtime.video import frame_rate
+from ttt_video_engine.runtime.video import VideoFormat, bits_per_pixel, check_encoder, with_crf
 
 _VERSIONS = {
     "ttt-video-engine": __version__,
@@ -41,9 +41,6 @@ _VERSIONS = {
     "tokenizers": tokenizers.__version__,
 }
 """Of what is loaded, whatever the distribution is called that it was installed from."""
-
-_MP4_BITS_PER_PIXEL = 0.5
-"""Far more than CRF 18 makes of what is no noise."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ def prepare_jobs(
     schedule = make_schedule(model.diffusion, settings.num_steps)
     guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps, settings.guidance_interval)
     check_threshold(settings.step_cache)
-    frame_rate(settings.fps)
+    video_format = VideoFormat(settings.fps, settings.crf, settings.codec)
+    check_encoder(video_format, width=model.width, height=model.height)
+    settings = with_crf(settings)
     check_folder(output_dir)
     tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
     made_by = BundleRecord(sha256=bundle.sha256, preset=model.name, ttt=model.transformer.ttt, dtype=manifest.dtype)
@@ -153,7 +152,7 @@ def space_needed(bundle: Bundle, jobs: Iterable[Job]) -> dict[str, int]:
         held = sum(map(_size, states_in(job.folder).values()))
         arrays = 2 if job.settings.step_cache is None else 5  # of the latents' size, in a state
         states = max(states, 0 if finished else 3 * arrays * latent - held)
-        videos += int(model.num_video_frames(size) * model.width * model.height * _MP4_BITS_PER_PIXEL / 8)
+        videos += int(model.num_video_frames(size) * model.width * model.height * bits_per_pixel(job.settings) / 8)
     return {"texts": max(texts, 0), "states": states, "latents": latents, "videos": videos}
 
 

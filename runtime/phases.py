@@ -52,7 +52,7 @@ from ttt_video_engine.runtime.step_state import (
 from ttt_video_engine.runtime.tensor_file import load_tensors, save_tensors
 from ttt_video_engine.runtime.text_cache import TextCache
 from ttt_video_engine.runtime.tokenizer import SceneTokenizer
-from ttt_video_engine.runtime.video import write_mp4
+from ttt_video_engine.runtime.video import VideoFormat, write_video
 
 CONTACT_COLUMNS = 4
 """Frames of each scene on a contact sheet."""
@@ -159,7 +159,7 @@ def run_steps(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
                 return
 
 
-def write_video(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
+def decode_video(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
     """Decodes finished latents into the mp4, then writes the contact sheet and, last, the sidecar."""
     folder, model = job.folder, queue.bundle.manifest.model
     if is_done(folder) or not (folder / LATENTS).exists():
@@ -178,8 +178,10 @@ def write_video(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
             yield frames
             queue.emit(WindowDecoded(job.name, done, num_windows, frames))
 
-    num_frames = write_mp4(folder / VIDEO, windows(), width=model.width, height=model.height, fps=job.settings.fps)
-    seconds = SCENE_FRAMES / job.settings.fps
+    settings = job.settings
+    video_format = VideoFormat(settings.fps, settings.crf, settings.codec)
+    num_frames = write_video(folder / VIDEO, windows(), video_format, width=model.width, height=model.height)
+    seconds = SCENE_FRAMES / settings.fps
     draw_contact_sheet(folder / CONTACT, picker.frames, _captions(job), _footer(job), scene_seconds=seconds)
     history = _after(history, "decode", perf_counter() - start)
     claim.check()

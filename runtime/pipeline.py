@@ -25,7 +25,7 @@ from ttt_video_engine.runtime.events import (
     VideoSkipped,
 )
 from ttt_video_engine.runtime.jobs import Job, graphs_needed, prepare_jobs
-from ttt_video_engine.runtime.phases import Phase, Queue, RenderOptions, encode_text, run_steps, write_video
+from ttt_video_engine.runtime.phases import Phase, Queue, RenderOptions, decode_video, encode_text, run_steps
 from ttt_video_engine.runtime.render_folder import VIDEO, claimed, is_done, note_failure
 from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.settings import Settings
@@ -139,7 +139,7 @@ class _Run:
         self._phase("text", encode_text, jobs)
         for length in dict.fromkeys(job.length for job in jobs):
             self._phase("denoise", run_steps, [job for job in jobs if job.length == length])
-        self._phase("decode", write_video, jobs)
+        self._phase("decode", decode_video, jobs)
         for job in jobs:
             if job.name not in self._outcomes:
                 self._queue.emit(self._of_another(job))

@@ -6,6 +6,7 @@ The folder is the state of the render. `video.json` comes last, and its presence
 import json
 import os
 import re
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,14 @@ from filelock import FileLock, Timeout
 from ttt_video_engine.runtime.errors import OutputError, RenderBusy
 from ttt_video_engine.runtime.files import atomic_write, check_folder, make_folder, read_file, sync, writing
 from ttt_video_engine.runtime.prompts import PROMPTS
-from ttt_video_engine.runtime.run_record import RECORD, RunRecord, differences, read_record, write_record
+from ttt_video_engine.runtime.run_record import (
+    RECORD,
+    RunRecord,
+    differences,
+    options_of_the_mp4,
+    read_record,
+    write_record,
+)
 from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
 
 TEXT, VIDEO, CONTACT, PREVIEW = "text.safetensors", "video.mp4", "contact.png", "preview.png"
@@ -58,10 +66,17 @@ def check_begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:
             )
     elif found := differences(begun, record):
         more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
-        raise OutputError(
-            f"{folder}: was begun with other inputs: {', '.join(found[:_MAX_DIFFERENCES])}{more}; "
-            "render it with those, use --overwrite or another --output-dir"
-        )
+        named = ", ".join(found[:_MAX_DIFFERENCES]) + more
+        raise OutputError(f"{folder}: was begun with other inputs: {named}; {_cure(folder, begun, record)}")
+
+
+def _cure(folder: Path, begun: RunRecord, record: RunRecord) -> str:
+    """What to do about another record. Another mp4 of the same latents needs no new render."""
+    options = options_of_the_mp4(begun, record)
+    if options is None or (is_done(folder) and not (folder / LATENTS).exists()):
+        return "render it with those, use --overwrite or another --output-dir"
+    first = "" if is_done(folder) else "finish it with those, then "
+    return f"use --overwrite, or {first}run: ttt-video decode {shlex.quote(str(folder))} --bundle BUNDLE {options}"
 
 
 def begin(folder: Path, record: RunRecord, *, overwrite: bool) -> None:

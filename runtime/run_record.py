@@ -13,10 +13,14 @@ from ttt_video_engine.runtime.errors import OutputError, brief
 from ttt_video_engine.runtime.files import atomic_write, read_file
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.storyboard import MAX_FILE_BYTES, Scene
+from ttt_video_engine.runtime.video import with_crf
 
 RECORD = "run.json"
 _CHOSEN = ("engine", "provider")
 """Of the environment, what a user chooses: another would give another video."""
+_OF_THE_FILE = ("codec", "crf")
+"""Settings that change the mp4 and nothing that a render resumes from."""
+_OF_THE_MP4 = ("settings.fps", "settings.codec", "settings.crf")
 _MAX_SHOWN = 40
 _MAX_BYTES = 2 * MAX_FILE_BYTES
 """Of a file; what the largest storyboard comes to."""
@@ -44,10 +48,12 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def digest(self) -> str:
-        """Digest of everything that determines the video. Every file that a render resumes from holds it."""
+        """Digest of everything that determines latents. Every file that a render resumes from holds it."""
         # Through JSON, as it is read back: a rate of 16 is 16.0 there.
-        same = msgspec.json.decode(msgspec.json.encode(self), type=RunRecord)
-        return hashlib.sha256(msgspec.json.encode(_fixed(same), order="deterministic")).hexdigest()
+        fixed = _fixed(msgspec.json.decode(msgspec.json.encode(self), type=RunRecord))
+        for name in _OF_THE_FILE:
+            del fixed["settings"][name]
+        return hashlib.sha256(msgspec.json.encode(dict(sorted(fixed.items())))).hexdigest()
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -71,7 +77,16 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:
     """What would make another video, such as "settings.seed 42 → 43"; empty where `new` can resume `old`."""
-    return list(_compare("", msgspec.to_builtins(_fixed(old)), msgspec.to_builtins(_fixed(new))))
+    return list(_compare("", _fixed(old), _fixed(new)))
+
+
+def options_of_the_mp4(old: RunRecord, new: RunRecord) -> str | None:
+    """Options of `decode` that make the mp4 of `new` of the latents of `old`; None where more than the mp4 differs."""
+    if any(found.partition(" ")[0] not in _OF_THE_MP4 for found in differences(old, new)):
+        return None
+    before, after = _fixed(old)["settings"], _fixed(new)["settings"]
+    names = [path.partition(".")[2] for path in _OF_THE_MP4]
+    return " ".join(f"--{name} {after[name]}" for name in names if before[name] != after[name])
 
 
 def changes(old: RunRecord, new: RunRecord) -> list[str]:
@@ -83,13 +98,17 @@ def changes(old: RunRecord, new: RunRecord) -> list[str]:
 
 
 def _fixed(record: RunRecord) -> dict[str, Any]:
-    return {
-        "length": record.length,
-        "scenes": record.scenes,
-        "settings": record.settings,
-        "bundle": record.bundle,
-        **{name: record.environment[name] for name in _CHOSEN if name in record.environment},
-    }
+    """As JSON has it; a CRF that an older record leaves to the codec is stated."""
+    fixed: dict[str, Any] = msgspec.to_builtins(
+        {
+            "length": record.length,
+            "scenes": record.scenes,
+            "settings": with_crf(record.settings),
+            "bundle": record.bundle,
+            **{name: record.environment[name] for name in _CHOSEN if name in record.environment},
+        }
+    )
+    return fixed
 
 
 def _rest(environment: dict[str, str]) -> dict[str, str]:

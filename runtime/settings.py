@@ -6,6 +6,7 @@ from msgspec import Meta, Struct
 
 Guidance = Literal["dynamic", "upstream", "constant"]
 Sampler = Literal["ddim", "dpmpp-2m-sde"]
+Codec = Literal["h264", "hevc", "av1"]
 BackendName = Literal["onnxruntime", "tensorrt"]
 """What runs the graphs: the values of `--engine`."""
 MAX_SEED = (1 << 63) - 1
@@ -17,9 +18,10 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sampling settings, recorded in the sidecar of each video. The defaults are those that TTT-Video documents.
 
     `low_memory` runs the two branches of guidance one after the other: half the activations, the same video up to
-    rounding. `fps` is the frame rate of the mp4; `seed` is the seed of the noise. `guidance_interval` is the share of
-    the steps, from LO to HI, that is guided, None all of them; `step_cache` is the deviation below which a step reuses
-    the last pass of the transformer (see `passes.py`), None never.
+    rounding. `seed` is the seed of the noise. `fps`, `codec` and `crf` are those of the mp4; a `crf` of None is the
+    codec's default. `guidance_interval` is the share of the steps, from LO to HI, that is guided, None all of them;
+    `step_cache` is the deviation below which a step reuses the last pass of the transformer (see `passes.py`), None
+    never.
     """
 
     num_steps: int = 50
@@ -27,6 +29,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     guidance: Guidance = "dynamic"
     sampler: Sampler = "ddim"
     fps: float = 16
+    codec: Codec = "h264"
+    crf: int | None = None
     seed: Seed = 42
     low_memory: bool = False
     guidance_interval: tuple[float, float] | None = None

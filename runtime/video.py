@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -19,12 +19,12 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import atomic_write
-
-Codec = Literal["h264", "hevc", "av1"]
+from ttt_video_engine.runtime.settings import Codec, Settings
 
 MIN_FPS, MAX_FPS = 1, 240
 
@@ -72,6 +72,8 @@ _ENCODERS: dict[Codec, _Encoder] = {
     ),
 }
 _THREADS = 4  # of x264
+_BITS_PER_PIXEL = 0.5
+"""Far more than the default CRFs make of what is no noise."""
 # A header without frames, then each frame with its own index, in the file as soon as it is encoded.
 _GROWING = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
 # The index goes in front of the frames, so that a player can start before it has the whole file.
@@ -97,16 +99,20 @@ class VideoFormat:
             raise ConfigError(f"crf is {self.crf!r}: must lie in 1 … {top} for {self.codec}")
 
 
+def with_crf(settings: Settings) -> Settings:
+    """Settings that state the CRF of their mp4, where they left it to the codec."""
+    return settings if settings.crf is not None else replace(settings, crf=_ENCODERS[settings.codec].crf)
+
+
+def bits_per_pixel(settings: Settings) -> float:
+    """An upper estimate of the mp4's size. Some 6 of CRF double it; uncompressed frames take 12 bits."""
+    finer = _ENCODERS[settings.codec].crf - (with_crf(settings).crf or 0)
+    return min(12.0, _BITS_PER_PIXEL * 2 ** (max(0, finer) / 6))
+
+
 def partial_path(target: Path) -> Path:
     """Where a video is while it grows: `video.partial.mp4` for `video.mp4`."""
     return target.with_name(f"{target.stem}.partial{target.suffix}")
-
-
-def write_mp4(
-    target: Path, windows: Iterable[NDArray[np.uint8]], *, width: int, height: int, fps: float | Fraction
-) -> int:
-    """As `write_video`, in H.264 at its default quality."""
-    return write_video(target, windows, VideoFormat(fps), width=width, height=height)
 
 
 def write_video(
@@ -119,15 +125,25 @@ def write_video(
     frames give the same bytes. Raises ConfigError for a size that the codec cannot hold, or a window of another size;
     OutputError where the disk is full, another process writes the same video, or no frames came.
     """
-    for name, pixels in (("width", width), ("height", height)):
-        if pixels <= 0 or pixels % 2:
-            raise ConfigError(f"{name} is {pixels!r}: must be even and positive, as colour is stored at half size")
+    _check_size(width, height)
     with atomic_write(target) as finished, _growing_file(target) as growing:
         num_frames = _encode(growing, windows, video_format, width, height)
         if num_frames == 0:
             raise OutputError(f"{target}: there are no frames to write; decode at least one")
         _copy_packets(growing, finished)
     return num_frames
+
+
+def check_encoder(video_format: VideoFormat, *, width: int, height: int) -> None:
+    """Raises ConfigError, as `write_video` does, for a size that the codec cannot hold."""
+    _check_size(width, height)
+    encoder = _ENCODERS[video_format.codec]
+    context = av.CodecContext.create(encoder.name, "w")
+    assert isinstance(context, VideoCodecContext)
+    context.options = {"crf": str(video_format.crf or encoder.crf), **encoder.options}
+    context.framerate = frame_rate(video_format.fps)
+    _configure(context, encoder, width, height)
+    _open(context, video_format.codec)
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
@@ -161,11 +177,7 @@ def _encode(
         stream = container.add_stream(encoder.name, rate=frame_rate(video_format.fps), options=options)
         assert isinstance(stream, VideoStream)
         _configure(stream.codec_context, encoder, width, height)
-        os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 prints its settings otherwise
-        try:
-            stream.codec_context.open()
-        except av.FFmpegError as error:
-            raise ConfigError(f"{video_format.codec} takes no {width} x {height} pixels; use another codec") from error
+        _open(stream.codec_context, video_format.codec)
         container.start_encoding()
         growing.flush()
         for window in windows:
@@ -218,6 +230,21 @@ def _configure(codec: VideoCodecContext, encoder: _Encoder, width: int, height: 
     # Untagged, players guess the colours from the height, and guess wrong below 720 lines.
     codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
     codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+
+
+def _open(context: VideoCodecContext, codec: Codec) -> None:
+    """Raises ConfigError for a size that the codec does not have."""
+    os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 prints its settings otherwise
+    try:
+        context.open()
+    except av.FFmpegError as error:
+        raise ConfigError(f"{codec} takes no {context.width} x {context.height} pixels; use another codec") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels <= 0 or pixels % 2:
+            raise ConfigError(f"{name} is {pixels!r}: must be even and positive, as colour is stored at half size")
 
 
 def _to_yuv(pixels: NDArray[np.uint8]) -> VideoFrame:

@@ -107,14 +107,14 @@ def test_every_option_of_the_mp4_arrives(run: Run, shared_bundle: Path, render: 
 
 def test_some_frames_are_those_of_the_whole_video(run: Run, shared_bundle: Path, render: Path, whole: Frames) -> None:
     code, out, err = run("decode", render, "--bundle", shared_bundle, "--frames", "12:20", "--crf", 1)
-    assert (code, out) == (0, f"video: {render / 'video-12-20.mp4'}\n"), err
+    assert (code, out) == (0, f"video: {render / 'video-12-20-crf1.mp4'}\n"), err
     assert err.splitlines()[-1].endswith("3/3"), "frames 0 … 8, 9 … 16 and 17 … 24"
-    found = read(render / "video-12-20.mp4").astype(float)
+    found = read(render / "video-12-20-crf1.mp4").astype(float)
     assert len(found) == 8
     for index, frame in enumerate(found):
         distances = [np.abs(frame - other).mean() for other in whole]
         assert int(np.argmin(distances)) == 12 + index
-    assert files_in(render) == [LATENTS, RECORD, "video-12-20.mp4"]
+    assert files_in(render) == [LATENTS, RECORD, "video-12-20-crf1.mp4"]
 
 
 def test_png_files_hold_every_byte(run: Run, shared_bundle: Path, render: Path, whole: Frames, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) 
         "guidance": "constant",
         "sampler": "dpmpp-2m-sde",
         "fps": 24.0,
+        "codec": "h264",
+        "crf": 18,
         "seed": 7,
         "low_memory": True,
     }

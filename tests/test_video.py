@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.video import frame_rate, to_frames, write_mp4
+from ttt_video_engine.runtime.video import VideoFormat, frame_rate, to_frames, write_video
 
 WIDTH, HEIGHT = 96, 64
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
@@ -39,7 +39,7 @@ def moving(num_frames: int, width: int = WIDTH, height: int = HEIGHT) -> Frames:
 
 
 def write(target: Path, *windows: Frames, fps: float | Fraction = 16) -> int:
-    return write_mp4(target, windows, width=WIDTH, height=HEIGHT, fps=fps)
+    return write_video(target, windows, VideoFormat(fps), width=WIDTH, height=HEIGHT)
 
 
 def read(path: Path) -> Frames:
@@ -88,7 +88,7 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     digests = set()
     for index in range(3):
         path = tmp_path / f"{index}.mp4"
-        write_mp4(path, [frames[:9], frames[9:]], width=480, height=320, fps=16)
+        write_video(path, [frames[:9], frames[9:]], VideoFormat(), width=480, height=320)
         digests.add(sha256_of(path))
     assert len(digests) == 1
 
@@ -104,7 +104,7 @@ def test_windows_are_let_go_once_they_are_written(tmp_path: Path) -> None:
             del window
             assert sum(ref() is not None for ref in alive) <= 1
 
-    assert write_mp4(tmp_path / "video.mp4", windows(), width=WIDTH, height=HEIGHT, fps=16) == 8
+    assert write_video(tmp_path / "video.mp4", windows(), VideoFormat(), width=WIDTH, height=HEIGHT) == 8
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -116,7 +116,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, error: type[BaseExceptio
         raise error
 
     with pytest.raises(error):
-        write_mp4(tmp_path / "video.mp4", windows(), width=WIDTH, height=HEIGHT, fps=16)
+        write_video(tmp_path / "video.mp4", windows(), VideoFormat(), width=WIDTH, height=HEIGHT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,7 +128,7 @@ def test_the_name_appears_only_when_the_video_is_complete(tmp_path: Path) -> Non
         yield moving(8)
         assert target.read_bytes() == b"the video before"
 
-    write_mp4(target, windows(), width=WIDTH, height=HEIGHT, fps=16)
+    write_video(target, windows(), VideoFormat(), width=WIDTH, height=HEIGHT)
     assert len(read(target)) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
@@ -162,7 +162,7 @@ def test_every_rate_in_range_is_kept_closely(fps: float) -> None:
 @pytest.mark.parametrize(("width", "height", "name"), [(95, 64, "width"), (96, 63, "height"), (0, 64, "width")])
 def test_sizes_that_h264_cannot_hold_are_refused(tmp_path: Path, width: int, height: int, name: str) -> None:
     with refused_with(ConfigError, name, {"width": width, "height": height}[name]):
-        write_mp4(tmp_path / "video.mp4", [], width=width, height=height, fps=16)
+        write_video(tmp_path / "video.mp4", [], VideoFormat(), width=width, height=height)
 
 
 @pytest.mark.parametrize("window", [moving(2, 64, 96), moving(2)[0], moving(2).astype(np.float32)])

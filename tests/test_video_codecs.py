@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.errors import ConfigError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
-from ttt_video_engine.runtime.video import Codec, VideoFormat, partial_path, write_video
+from ttt_video_engine.runtime.settings import Codec
+from ttt_video_engine.runtime.video import VideoFormat, check_encoder, partial_path, write_video
 
 WIDTH, HEIGHT = 96, 64
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -193,3 +194,12 @@ def test_a_size_that_a_codec_lacks_is_refused(tmp_path: Path, codec: Codec) -> N
     with refused_with(ConfigError, codec, 2):
         write(tmp_path / "video.mp4", moving(1, 2, 2), VideoFormat(codec=codec))
     assert list(tmp_path.iterdir()) == []
+    with refused_with(ConfigError, codec, 2):
+        check_encoder(VideoFormat(codec=codec), width=2, height=2)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_size_that_a_codec_has_is_accepted(codec: Codec) -> None:
+    check_encoder(VideoFormat(30, 5, codec), width=WIDTH, height=HEIGHT)
+    with refused_with(ConfigError, "height", HEIGHT - 1):
+        check_encoder(VideoFormat(codec=codec), width=WIDTH, height=HEIGHT - 1)

@@ -15,6 +15,7 @@ from ttt_video_engine.commands.options import BundleOption, Debug, codec_option,
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, resuming_command
 from ttt_video_engine.commands.streams import LossyStream
+from ttt_video_engine.commands.wandb_log import wandb_log
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.planning.bundle_options import explain_bundle_options
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
@@ -155,6 +156,15 @@ def sample(
     log_json: Annotated[
         Path | None, typer.Option(help="File of events, a JSON line each; - is stdout.", rich_help_panel=_FILES)
     ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROJECT",
+            help="Log to this project of Weights & Biases (wandb.project).",
+            show_default="off",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Render the videos of storyboard files. The same command again resumes them."""
@@ -200,16 +210,24 @@ def sample(
     options = RenderOptions(
         checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
     )
-    _render(pipeline, jobs, options, log_json)
+    _render(pipeline, jobs, options, log_json=log_json, wandb=wandb)
 
 
-def _render(pipeline: Pipeline, jobs: list[Job], options: RenderOptions, log_json: Path | None) -> None:
+def _render(
+    pipeline: Pipeline, jobs: list[Job], options: RenderOptions, *, log_json: Path | None, wandb: str | None
+) -> None:
     """Renders, displays and logs; exits with the code for the outcomes of the videos."""
     display = RenderDisplay(several=len(jobs) > 1, quiet=log_json == Path("-"))
-    with _json_log(log_json, display) as log, StopSignals() as signals, display.progress:
+    # What is left for wandb to send is sent last, when a signal ends the command at once.
+    with (
+        wandb_log(wandb, jobs, display.progress.line) as log_wandb,
+        _json_log(log_json, display) as log,
+        StopSignals() as signals,
+        display.progress,
+    ):
 
         def on_event(event: Event) -> None:
-            for client in (log, display.show, signals.check):
+            for client in (log, log_wandb, display.show, signals.check):
                 client(event)
 
         outcomes = pipeline.run(jobs, options=options, on_event=on_event)

@@ -54,9 +54,12 @@ class StepDone(Event):
     seconds: float
     saved: bool
     """Whether the step is on the disk."""
+    guidance: float
     latents: NDArray[np.float32]
     denoised: NDArray[np.float32]
     """x0, the clean latents as this step predicts them."""
+    velocity: NDArray[np.float32]
+    """What the model predicts, with guidance."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ from ttt_video_engine.runtime.prompts import PROMPTS, prompt_text
 from ttt_video_engine.runtime.render_folder import CONTACT, PREVIEW, TEXT, VIDEO, Claim, begin, is_done, remove_states
 from ttt_video_engine.runtime.run_record import changes, read_record
 from ttt_video_engine.runtime.runner import RunnerLoader
+from ttt_video_engine.runtime.sampler import Step
 from ttt_video_engine.runtime.sidecar import write_sidecar
 from ttt_video_engine.runtime.stages import Floats, Load, decode, denoise, encode_prompts
 from ttt_video_engine.runtime.step_state import (
@@ -144,9 +145,7 @@ def run_steps(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
             elif saved:
                 save_state(folder, state, digest)
             try:
-                queue.emit(
-                    StepDone(job.name, done, num_steps, now - before, saved, state.step.latents, state.step.denoised)
-                )
+                queue.emit(_step_done(job, state.step, now - before, saved=saved))
             except BaseException:
                 if not saved:
                     save_state(folder, state, digest)
@@ -194,6 +193,21 @@ def decode_video(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
     except (OSError, OutputError) as error:  # the video is done all the same
         queue.emit(RenderWarning(job.name, f"{error}; the video is done, and this file is left over"))
     queue.emit(VideoDone(job.name, folder / VIDEO, history.seconds))
+
+
+def _step_done(job: Job, step: Step, seconds: float, *, saved: bool) -> StepDone:
+    assert step.velocity is not None  # of a step that was read, which is none that was done here
+    return StepDone(
+        video=job.name,
+        steps_done=step.index + 1,
+        num_steps=step.num_steps,
+        seconds=seconds,
+        saved=saved,
+        guidance=step.guidance,
+        latents=step.latents,
+        denoised=step.denoised,
+        velocity=step.velocity,
+    )
 
 
 def _previews(options: RenderOptions, done: int, stop: int, num_steps: int) -> bool:

@@ -32,7 +32,7 @@ _WHY = {
     "training": _TRAINING,
     "optimizer": _TRAINING,
     "checkpoint": "weights are named by --checkpoint",
-    "wandb": "nothing is sent anywhere",
+    "wandb": "sample --wandb PROJECT logs to Weights & Biases",
     "profiling": "there is none",
     "metrics": "nothing is sent anywhere",
     "comm": _ONLY,

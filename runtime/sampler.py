@@ -35,6 +35,8 @@ class Step:
     """x after the step; after the last step the result."""
     denoised: Array
     """The clean latent as this step predicts it."""
+    velocity: Array | None = None
+    """What the model predicts, with guidance; None in a step read from a file, as the next does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def sample(
         if update.noise:
             x += update.noise * draw_noise()
         previous = denoised
-        yield Step(index, num_steps, timestep, scale, x, denoised)
+        yield Step(index, num_steps, timestep, scale, x, denoised, velocity)
 
 
 def guide(unconditional: Array, conditional: Array, scale: float) -> Array:

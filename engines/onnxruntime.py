@@ -1,5 +1,6 @@
 """Runs graphs in ONNX Runtime: on the CPU, or with onnxruntime-gpu on an NVIDIA GPU."""
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,7 @@ class OnnxRuntimeRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = None
+        _return_freed_memory()
 
 
 class OnnxRuntimeLoader:
@@ -118,6 +120,16 @@ class OnnxRuntimeLoader:
             )
         self._environment["provider"] = runner.providers[0]
         return runner
+
+
+def _return_freed_memory() -> None:
+    """Gives memory that is free back to the system.
+
+    glibc keeps freed blocks of up to 32 MiB once it has seen such, so that a process that loads graphs in turn grows.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 def available_providers() -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def run_steps(queue: Queue, job: Job, load: Load, claim: Claim) -> None:
                 raise
             before = now
             if _previews(queue.options, done, stop, num_steps):
-                _write_preview(queue, job, load, state)
+                _write_preview(queue, job, state)
             if done == stop < num_steps:
                 queue.emit(VideoStopped(job.name, done, num_steps))
                 return
@@ -215,11 +215,14 @@ def _previews(options: RenderOptions, done: int, stop: int, num_steps: int) -> b
     return done < num_steps and (done == stop or (every is not None and done % every == 0))
 
 
-def _write_preview(queue: Queue, job: Job, load: Load, state: StepState) -> None:
-    """One decoded frame of each scene as the model predicts it now. A preview that fails does not stop the render."""
+def _write_preview(queue: Queue, job: Job, state: StepState) -> None:
+    """One decoded frame of each scene as the model predicts it now. A preview that fails does not stop the render.
+
+    The decoder is freed again, as the transformer stays in memory.
+    """
     title = f"{job.name}: step {state.steps_done} of {job.settings.num_steps}"
     try:
-        frames = preview_frames(queue.bundle, load, state.step.denoised)
+        frames = preview_frames(queue.bundle, queue.load, state.step.denoised)
         draw_preview(job.folder / PREVIEW, frames, _captions(job), title)
     except (TTTVideoError, OSError) as error:
         queue.emit(RenderWarning(job.name, f"{job.folder / PREVIEW}: no preview ({error})"))

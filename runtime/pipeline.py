@@ -145,11 +145,14 @@ class _Run:
                 self._queue.emit(self._of_another(job))
 
     def _phase(self, stage: str, work: Phase, jobs: list[Job]) -> None:
-        """A stage of every video; the graphs stay loaded from one to the next."""
+        """A stage of every video. The text encoder and the transformer stay loaded from one to the next.
+
+        The decoder does not: it has two graphs, which run in turn, and would take the working memory of both. Its
+        weights are 1 % of a model's, so that loading it again takes little of the time of a video.
+        """
         load = self._queue.load
-        # A video alone frees the decoder's first graph before its next one.
-        several: AbstractContextManager[Load] = kept_loaded(load) if len(jobs) > 1 else nullcontext(load)
-        with several as graphs:
+        graphs_of_stage: AbstractContextManager[Load] = nullcontext(load) if stage == "decode" else kept_loaded(load)
+        with graphs_of_stage as graphs:
             for done, job in enumerate(jobs, start=1):
                 if job.name in self._outcomes:
                     continue

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from messages import last_refusal, names, refusal
-from stand_in import Arrays, StandInLoader, board, files_in, products, render, steps_of, storyboard_file
+from stand_in import Arrays, StandIn, StandInLoader, board, files_in, products, render, steps_of, storyboard_file
 
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import ConfigError, StoryboardError
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_every_graph_is_loaded_once_and_videos_of_one_length_follow_each_other(
+def test_a_transformer_is_loaded_once_and_videos_of_one_length_follow_each_other(
     shared_bundle: Path, tmp_path: Path
 ) -> None:
     loader = StandInLoader(open_bundle(shared_bundle))
@@ -49,11 +49,35 @@ def test_every_graph_is_loaded_once_and_videos_of_one_length_follow_each_other(
     assert [type(outcomes[name]) for name in ("a", "long", "b", "c")] == [VideoDone] * 4
     assert loader.loaded == [
         *("text_encoder", "transformer-3s", "transformer-9s"),
-        *("vae_decoder-first", "vae_decoder-next"),
+        *("vae_decoder-first", "vae_decoder-next") * 4,
     ]
     order = [event.video for event in events if isinstance(event, StepDone)]
     assert list(dict.fromkeys(order)) == ["a", "b", "c", "long"]
     assert [event.done for event in events if isinstance(event, TextEncoded)] == [1, 2, 3, 4]
+
+
+def test_a_queue_has_no_more_graphs_in_memory_than_a_video_alone(
+    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the transformer beside the decoder's first graph, while a preview is drawn."""
+    loaded: list[str] = []
+    together: set[tuple[str, ...]] = set()
+
+    def enter(runner: StandIn) -> StandIn:
+        loaded.append(runner._graph)
+        together.add(tuple(loaded))
+        return runner
+
+    monkeypatch.setattr(StandIn, "__enter__", enter)
+    monkeypatch.setattr(StandIn, "__exit__", lambda runner, *_: loaded.remove(runner._graph))
+    found = []
+    for boards in ([board("a")], [board("b"), board("c")]):
+        together.clear()
+        outcomes = render(shared_bundle, tmp_path, *boards, preview_every=2)
+        assert {type(outcome) for outcome in outcomes.values()} == {VideoDone}
+        found.append(set(together))
+    assert found[0] == found[1]
+    assert ("transformer-3s", "vae_decoder-first") in found[1] and max(map(len, found[1])) == 2
 
 
 def test_a_video_of_a_queue_is_the_one_it_is_alone(shared_bundle: Path, tmp_path: Path) -> None:
@@ -236,7 +260,7 @@ def test_events_as_json(shared_bundle: Path, tmp_path: Path) -> None:
         shared_bundle, tmp_path, *boards, loader=loader, on_event=lambda event: lines.append(json.loads(to_json(event)))
     )
     step = next(line for line in lines if line["event"] == "StepDone")
-    assert set(step) == {"event", "video", "steps_done", "num_steps", "seconds", "saved"}
+    assert set(step) == {"event", "video", "steps_done", "num_steps", "seconds", "saved", "guidance"}
     failed = next(line for line in lines if line["event"] == "VideoFailed")
     assert failed["video"] == "a" and failed["error"]["error"] == "NumericsError"
     done = next(line for line in lines if line["event"] == "VideoDone")

@@ -17,7 +17,7 @@ from time import perf_counter
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from measure import peak_memory, print_row, table
+from measure import disk_speed, drop_page_cache, peak_memory, print_row, table
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
@@ -33,7 +33,6 @@ from ttt_video_engine.runtime.presets import preset
 
 LENGTHS = ("3s", "63s")
 SHARD_BYTES = 5 << 30
-CHUNK_BYTES = 16 << 20
 PROBE_BYTES = 4 << 30
 """Size of the file that the disk's speed is measured with."""
 
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def measure(folder: Path) -> None:
-    written, read = disk_speed(folder / "probe")
+    written, read = disk_speed(folder / "probe", PROBE_BYTES)
     start = perf_counter()
     size = make_checkpoint(folder / "checkpoint/transformer")
     print_row([f"checkpoint of {size:,} bytes made in {perf_counter() - start:.0f} s"])
@@ -80,32 +79,6 @@ def measure(folder: Path) -> None:
         f"The second length: {share:.2%} of the bytes of the first (limit 2%: {'met' if share <= 0.02 else 'missed'})."
     )
     print_opening(folder / "bundle")
-
-
-def disk_speed(path: Path) -> tuple[float, float]:
-    """Sequential write and read speed of the disk, in bytes per second."""
-    chunk = os.urandom(CHUNK_BYTES)
-    start = perf_counter()
-    with path.open("wb", buffering=0) as file:
-        for _ in range(PROBE_BYTES // CHUNK_BYTES):
-            file.write(chunk)
-        os.fsync(file.fileno())
-    written = PROBE_BYTES / (perf_counter() - start)
-    drop_page_cache(path)
-    start = perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.read(CHUNK_BYTES):
-            pass
-    read = PROBE_BYTES / (perf_counter() - start)
-    path.unlink()
-    return written, read
-
-
-def drop_page_cache(path: Path) -> None:
-    """Drops files from the page cache, so that reading them reads the disk."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_checkpoint(folder: Path) -> int:

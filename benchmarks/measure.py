@@ -1,5 +1,6 @@
 """Timing, memory and tables for the benchmarks."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ from threading import Event, Thread
 
 PAUSE = 0.25
 """Seconds between calls. OpenMP threads spin for up to 0.2 s after their work."""
+
+CHUNK_BYTES = 16 << 20
+"""Bytes that the disk's speed is measured with at a time."""
 
 
 def interleaved(calls: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
@@ -76,6 +80,32 @@ def private_memory() -> Iterator[Callable[[], int]]:
     finally:
         ended.set()
         watcher.join()
+
+
+def disk_speed(path: Path, size: int) -> tuple[float, float]:
+    """Sequential write and read speed of the disk, in bytes per second, with a file of `size` bytes."""
+    chunk = os.urandom(CHUNK_BYTES)
+    start = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // CHUNK_BYTES):
+            file.write(chunk)
+        os.fsync(file.fileno())
+    written = size / (time.perf_counter() - start)
+    drop_page_cache(path)
+    start = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(CHUNK_BYTES):
+            pass
+    read = size / (time.perf_counter() - start)
+    path.unlink()
+    return written, read
+
+
+def drop_page_cache(path: Path) -> None:
+    """Drops files from the page cache, so that reading them reads the disk."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def print_row(row: list[str]) -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 
 import process
+import queues
+import state
 import step
 
 BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
@@ -11,6 +13,9 @@ BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "length": ("Step time over length, ONNX Runtime, batch 2, fp32", step.over_length),
     "import": ("Start", process.imports),
     "memory": ("Memory of decoding", process.decode_memory),
+    "state": ("A state after every step", state.after_every_step),
+    "queue": ("Memory of a queue", queues.memory),
+    "loading": ("Loading once a queue", queues.loading),
 }
 
 

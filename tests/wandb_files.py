@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
 _BLOCK, _MAGIC = 32768, b":W&B"
@@ -33,6 +34,7 @@ class OfflineRun:
 
 
 def offline_runs(folder: Path) -> list[OfflineRun]:
+    wandb.teardown()  # its process ends when all is written
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 

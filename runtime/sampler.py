@@ -50,7 +50,7 @@ class Update:
 
 
 def sample(
-    velocity: Velocity,
+    predict: Velocity,
     start: Array | Step,
     schedule: Schedule,
     guidance: NDArray[np.float64],
@@ -76,7 +76,8 @@ def sample(
     previous = start.denoised if isinstance(start, Step) else None
     for index in range(done, num_steps):
         timestep, scale = int(schedule.timesteps[index]), float(guidance[index])
-        denoised = _denoise(x, velocity(x, timestep, scale), _denoising_alpha(schedule, index, sampler))
+        velocity = predict(x, timestep, scale)
+        denoised = _denoise(x, velocity, _denoising_alpha(schedule, index, sampler))
         update = _ddim(schedule, index) if sampler == "ddim" else _dpmpp_2m_sde(schedule, index)
         x = update.latents * x + update.denoised * denoised
         if update.previous and previous is not None:

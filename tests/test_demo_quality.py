@@ -15,7 +15,7 @@ from demo.scenes import render
 from demo.without_ttt import without_ttt
 from ttt_video_engine.runtime.render_folder import SIDECAR, VIDEO
 from ttt_video_engine.runtime.storyboard import load_storyboards
-from ttt_video_engine.runtime.video import write_mp4
+from ttt_video_engine.runtime.video import VideoFormat, write_video
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         video = folder / f"quality-3-{number:03d}"
         video.mkdir()
         script, _ = asked_for(video.name)
-        write_mp4(video / VIDEO, [render(script)], width=96, height=64, fps=16)
+        write_video(video / VIDEO, [render(script)], VideoFormat(16), width=96, height=64)
         if number < 5:
             (video / SIDECAR).write_text(json.dumps({"passes": 90 + number, "seconds": {"denoise": number}}))
     return folder

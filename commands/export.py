@@ -1,18 +1,22 @@
 """`ttt-video export`: from a preset or a checkpoint to a bundle."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
 from ttt_video_engine.commands.options import Debug
 from ttt_video_engine.commands.progress import ProgressDisplay
 from ttt_video_engine.engines.tensorrt.engine import BuildSettings
-from ttt_video_engine.runtime.config import MAX_SCENES, TTTKind, length_name
+from ttt_video_engine.export.sources.cogvideox_sizes import with_stored_sizes
+from ttt_video_engine.runtime.config import MAX_SCENES, TTTChoice, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.settings import MAX_SEED, BackendName
+from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, settings_for
+from ttt_video_engine.runtime.video import frame_rate
 
 
 def export(
@@ -28,7 +32,10 @@ def export(
     ] = None,
     length: Annotated[
         list[str] | None,
-        typer.Option(help="Seconds, a multiple of 3 such as 9s; may be given several times.", show_default="9s"),
+        typer.Option(
+            help="Seconds at 16 fps, a multiple of 3 such as 9s; may be given several times.",
+            show_default="9s, or 3s without TTT",
+        ),
     ] = None,
     scenes: Annotated[
         list[int] | None,
@@ -40,7 +47,10 @@ def export(
         Precision | None,
         typer.Option("--dtype", "--precision", help="Precision of weights and activations.", show_default="float32"),
     ] = None,
-    ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
+    ttt: Annotated[
+        TTTChoice | None,
+        typer.Option(help="Inner model of the TTT layers; none leaves them out: CogVideoX.", show_default="linear"),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     vae_scale_factor: Annotated[
@@ -54,6 +64,12 @@ def export(
             min=0,
             max=MAX_SEED,
             show_default="0",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames per second of the videos, where sample states none.", show_default="16, 8 without TTT"
         ),
     ] = None,
     engine: Annotated[BackendName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
@@ -91,7 +107,12 @@ def export(
         height=height,
         vae_scale_factor=vae_scale_factor,
         seed=seed,
+        with_stored_sizes=None if checkpoint is None else partial(with_stored_sizes, checkpoint),
     )
+    defaults = settings_for(chosen.model.transformer.ttt)
+    if fps is not None:
+        frame_rate(fps)
+        defaults = replace(defaults, fps=fps)
     for warning in chosen.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
@@ -114,6 +135,6 @@ def export(
             if not chosen.vae_scale_stated:
                 source = source.with_stored_scale()
         engines = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        options = ExportOptions(engines, display.update, inline=inline)
+        options = ExportOptions(engines, display.update, inline=inline, defaults=defaults)
         export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, options)
     typer.echo(f"bundle: {output}")

@@ -1,5 +1,6 @@
 """`ttt-video plan`: what a model needs, before it is built."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +9,11 @@ import typer
 
 from ttt_video_engine.commands.options import Debug, Json
 from ttt_video_engine.engines.tensorrt.checks import parse_memory
+from ttt_video_engine.export.sources.cogvideox_sizes import with_stored_sizes
 from ttt_video_engine.planning.fit import MemorySettings, PlanInput, available_ram, disk_bytes, fit
 from ttt_video_engine.planning.report import commands, report, source_options, verdict
 from ttt_video_engine.runtime.bundle import open_bundle
-from ttt_video_engine.runtime.config import MAX_SCENES, TTTKind, length_name
+from ttt_video_engine.runtime.config import MAX_SCENES, TTTChoice, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
@@ -23,10 +25,15 @@ def plan(
     bundle: Annotated[Path | None, typer.Option(help="Folder made by export, in place of a preset.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file, as for export.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of weights; says what it holds as well.")] = None,
-    ttt: Annotated[TTTKind | None, typer.Option(help="Inner model of the TTT layers.", show_default="linear")] = None,
+    ttt: Annotated[
+        TTTChoice | None,
+        typer.Option(help="Inner model of the TTT layers; none leaves them out: CogVideoX.", show_default="linear"),
+    ] = None,
     length: Annotated[
         str | None,
-        typer.Option(help="Seconds, a multiple of 3 such as 9s.", show_default="9s, or the longest of the bundle"),
+        typer.Option(
+            help="Seconds, a multiple of 3 such as 9s.", show_default="9s, 3s without TTT, or the longest of the bundle"
+        ),
     ] = None,
     scenes: Annotated[
         int | None,
@@ -66,7 +73,14 @@ def plan(
     if opened is None:
         lengths = None if length is None else [length]
         chosen = resolve_config(
-            config, preset=preset, ttt=ttt, lengths=lengths, dtype=dtype, width=width, height=height
+            config,
+            preset=preset,
+            ttt=ttt,
+            lengths=lengths,
+            dtype=dtype,
+            width=width,
+            height=height,
+            with_stored_sizes=None if checkpoint is None else partial(with_stored_sizes, checkpoint),
         )
         for warning in chosen.warnings:
             typer.echo(f"warning: {warning}", err=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec import to_builtins
 from torch import nn
 
 from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
@@ -38,6 +39,7 @@ from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
+from ttt_video_engine.runtime.settings import Settings, settings_for
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
@@ -50,11 +52,15 @@ def _no_progress(phase: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of an export: TensorRT engines to build, progress, and TTT nodes inlined as standard operators."""
+    """Options of an export: TensorRT engines to build, progress, and TTT nodes inlined as standard operators.
+
+    `defaults` are those of rendering that the bundle states; None for those of the model's kind.
+    """
 
     engines: EngineRequest = field(default_factory=EngineRequest)
     progress: Progress = _no_progress
     inline: bool = False
+    defaults: Settings | None = None
 
 
 def export_bundle(
@@ -85,12 +91,16 @@ def export_bundle(
         previous_lengths = () if previous is None else previous.manifest.lengths
         lengths = sorted({*lengths, *previous_lengths}, key=num_scenes)
         with _opened_stage(output, previous, report) as stage:
-            build = _Build(source, components, dtype, lengths, stage, report, options.progress, options.inline)
+            defaults = options.defaults or settings_for(source.model.transformer.ttt)
+            build = _Build(
+                source, components, dtype, lengths, stage, report, options.progress, options.inline, defaults
+            )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
             for name in components:
                 build.component(name)
             build.engines(options.engines)
+            build.compare_defaults()
             if previous is not None and not build.changed and list(previous_lengths) == lengths:
                 report("nothing has changed")
                 stage.discard()
@@ -111,6 +121,7 @@ class _Build:
     report: Report
     progress: Progress
     inline: bool
+    defaults: Settings
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -185,6 +196,15 @@ class _Build:
         if not all((root / name).exists() for name in files):  # damaged, or of an older version of this program
             self.changed = True
 
+    def compare_defaults(self) -> None:
+        """Reports the defaults of rendering that differ from those of the previous bundle."""
+        previous = self.stage.previous
+        if previous is not None and previous.manifest.defaults != self.defaults:
+            old, new = (to_builtins(settings) for settings in (previous.manifest.defaults, self.defaults))
+            changes = [f"{name} {old[name]} → {new[name]}" for name in new if old[name] != new[name]]
+            self.report(f"defaults of rendering: {', '.join(changes)}")
+            self.changed = True
+
     def manifest(self) -> Manifest:
         """The manifest of the stage. Removes the files of earlier exports that it does not list."""
         weights = {graph.weights for graph in self.graphs.values()}
@@ -197,6 +217,7 @@ class _Build:
             tokenizer_key=self.tokenizer_key,
             weight_keys={name: self.stage.finished.weight_keys[name] for name in sorted(weights)},
             files=self.stage.keep_only({*weights, *(graph.file for graph in self.graphs.values()), TOKENIZER}),
+            defaults=self.defaults,
             tools={name: package_version(name) for name in TOOLS},
         )
 

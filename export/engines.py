@@ -186,11 +186,11 @@ def _request(manifest: Manifest, name: str, gpu: str, settings: BuildSettings, k
 
 
 def _scans(manifest: Manifest, name: str) -> Scans | None:
-    """The TTT scans of a transformer: two per layer, forward and backward in time. None for other graphs."""
+    """The TTT scans of a transformer: two per layer, forward and backward in time. None for a graph without any."""
     config = manifest.model.transformer
-    if name not in {transformer_graph_name(length) for length in manifest.lengths}:
+    if name not in {transformer_graph_name(length) for length in manifest.lengths} or config.ttt_kind is None:
         return None
-    return Scans(config.ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
+    return Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
 
 
 def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Key:

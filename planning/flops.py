@@ -85,7 +85,9 @@ def _attention(config: TransformerConfig, size: ClipSize) -> int:
 def _ttt_pass(config: TransformerConfig, tokens: int) -> int:
     """Multiply-adds of one direction: the projections q, k, v and o, the learning rates, and the scan."""
     dim = config.model_dim
-    return tokens * (4 * dim**2 + dim * config.num_heads + _INNER_PRODUCTS[config.ttt] * dim * config.head_dim)
+    if config.ttt_kind is None:
+        return 0
+    return tokens * (4 * dim**2 + dim * config.num_heads + _INNER_PRODUCTS[config.ttt_kind] * dim * config.head_dim)
 
 
 @dataclass(frozen=True)

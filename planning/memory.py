@@ -137,7 +137,7 @@ def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int,
 def _ttt_state(model: ModelConfig) -> int:
     """Number of inner weights that one scan carries."""
     config = model.transformer
-    return {"linear": 1, "mlp": 8}[config.ttt] * config.model_dim * config.head_dim
+    return {"linear": 1, "mlp": 8, "none": 0}[config.ttt] * config.model_dim * config.head_dim
 
 
 def _cpu_vae_activations(model: ModelConfig, size: ClipSize) -> int:

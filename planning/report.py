@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from ttt_video_engine.planning.fit import MORE_RAM, Candidate, Fit, MemorySettings, Stored
 from ttt_video_engine.planning.shapes import can_be_seeded
 from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.bundle import Bundle, transformer_graph_name
-from ttt_video_engine.runtime.config import ModelConfig
-from ttt_video_engine.runtime.presets import PRESETS
+from ttt_video_engine.runtime.config import ModelConfig, ttt_label
+from ttt_video_engine.runtime.presets import COGVIDEOX, PRESETS
 from ttt_video_engine.runtime.settings import Settings
 
 GPU_NOTE = """\
@@ -31,7 +32,8 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
     model, asked = found.model, found.asked
     size = model.clip_size(asked.length)
     tokens, frames = size.num_tokens(model.transformer.patch_size), model.num_video_frames(size)
-    yield f"{model.name}, TTT-{model.transformer.ttt}, {model.width}x{model.height}, {asked.dtype}, {found.engine}"
+    kind = ttt_label(model.transformer.ttt)
+    yield f"{model.name}, {kind}, {model.width}x{model.height}, {asked.dtype}, {found.engine}"
     scenes = f"{size.num_scenes} scene{'s' if size.num_scenes > 1 else ''}"
     yield f"{asked.length}: {scenes}, {tokens:,} tokens, {frames:,} frames, {found.num_steps} steps"
     yield ""
@@ -120,6 +122,8 @@ def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memor
 def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | None = None) -> list[str]:
     """The options of `export` that specify this model."""
     kind = model.transformer.ttt
+    if model.name == COGVIDEOX and config is None:  # the checkpoint states the rest
+        return ["--ttt", kind, *_other_size(model), "--checkpoint", str(checkpoint or "CHECKPOINT")]
     named = PRESETS[model.name](kind) if model.name in PRESETS else None
     model = _as_exported(model, named)
     others = [name for name in model.__struct_fields__ if name not in ("width", "height")]
@@ -133,6 +137,13 @@ def source_options(model: ModelConfig, checkpoint: Path | None, config: Path | N
     if checkpoint is not None or not can_be_seeded(model):
         options += ["--checkpoint", str(checkpoint or "CHECKPOINT")]
     return options
+
+
+def _other_size(model: ModelConfig) -> list[str]:
+    """The options for a size of frames that CogVideoX was not trained on."""
+    step, grid = model.transformer.patch_size * model.vae.spatial_factor, model.transformer.rope_grid
+    trained = () if grid is UNSET else tuple(step * side for side in grid)
+    return [] if trained == (model.height, model.width) else [f"--height {model.height}", f"--width {model.width}"]
 
 
 def _as_exported(model: ModelConfig, named: ModelConfig | None) -> ModelConfig:

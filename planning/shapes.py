@@ -81,13 +81,15 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
 
 
 def _sequence_shapes(config: TransformerConfig) -> Shapes:
-    """Attention, the TTT layer that both directions share, and their gates."""
+    """Attention, and where there is TTT the layer that both directions share, and their gates."""
     dim, heads, head_dim = config.model_dim, config.num_heads, config.head_dim
-    hidden = {"linear": head_dim, "mlp": 4 * head_dim}[config.ttt]
     shapes: Shapes = {}
     for name in "qkvo":
         shapes |= _affine(name, dim, dim)
     shapes |= _affine("q_norm", head_dim) | _affine("k_norm", head_dim)
+    if config.ttt_kind is None:
+        return shapes
+    hidden = {"linear": head_dim, "mlp": 4 * head_dim}[config.ttt_kind]
     shapes |= {
         "ssm.ttt.ttt_norm_weight": (heads, head_dim),
         "ssm.ttt.ttt_norm_bias": (heads, head_dim),

@@ -9,6 +9,7 @@ from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.bundle import TOKENIZER, Bundle
 from ttt_video_engine.runtime.config import LengthName, length_name
 from ttt_video_engine.runtime.errors import ConfigError, printable
+from ttt_video_engine.runtime.prompts import without_transitions
 from ttt_video_engine.runtime.storyboard import Storyboard
 from ttt_video_engine.runtime.tokenizer import SceneTokenizer
 
@@ -74,6 +75,9 @@ def report_lines(checks: list[VideoCheck]) -> Iterator[str]:
 
 
 def _check(board: Storyboard, bundle: Bundle | None, tokenizer: SceneTokenizer | None) -> VideoCheck:
+    ignored: list[str] = []
+    if bundle is not None and bundle.manifest.model.transformer.ttt_kind is None:
+        board, ignored = without_transitions(board)
     starts = [number > 0 and scene.requires_scene_transition for number, scene in enumerate(board.scenes)]
     scenes = [
         SceneCheck(scene=number, starts=start, ends=end)
@@ -93,7 +97,7 @@ def _check(board: Storyboard, bundle: Bundle | None, tokenizer: SceneTokenizer |
         scenes=tuple(scenes),
         text_limit=limit,
         problem=problem,
-        warnings=tuple(board.warnings),
+        warnings=(*board.warnings, *ignored),
     )
 
 

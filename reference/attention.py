@@ -1,4 +1,4 @@
-"""Sequence modelling: attention within each 3-second segment, then TTT over the whole clip in both directions.
+"""Sequence modelling: attention within each segment, then TTT, where there is any, over the clip in both directions.
 
 Shape suffixes: B batch, S scenes, N text tokens of a scene, M tokens of a segment, L tokens of the clip, D model
 dimension, H heads, F head dimension, T frames, P patches of a frame.
@@ -18,7 +18,7 @@ class SeqModelingBlock(nn.Module):
     """Tokens [B, L, D] → [B, L, D] in the order of `layout` (arXiv 2504.05298, section 3).
 
     a = attention(x); y = a + gate · TTT(a); result y + gate · reversed(TTT(reversed(y))). Both directions share one TTT
-    layer; each has its gates, one for text and one for video.
+    layer; each has its gates, one for text and one for video. Without TTT, the result is a.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -26,14 +26,18 @@ class SeqModelingBlock(nn.Module):
         self.config = config
         dim = config.model_dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps) for _ in range(2))
-        self.ssm = TTTWrapper(config)
-        self.forward_ssm_gating_text, self.forward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
-        self.backward_ssm_gating_text, self.backward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
+        self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim, eps=config.head_norm_eps) for _ in range(2))
+        if config.ttt_kind:
+            self.ssm = TTTWrapper(config.ttt_kind, config)
+            self.forward_ssm_gating_text, self.forward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
+            self.backward_ssm_gating_text, self.backward_ssm_gating_video = SSMGating(dim), SSMGating(dim)
 
     def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
         attended = self._local_attention(x_BLD, layout)
+        return self._test_time_training(attended, layout) if self.config.ttt_kind else attended
 
+    def _test_time_training(self, attended: Tensor, layout: TokenLayout) -> Tensor:
+        """Both directions of TTT over the clip, each gated and added to what it read."""
         text, video = self._split(self.ssm(attended, layout), layout)
         out = attended + torch.cat([self.forward_ssm_gating_text(text), self.forward_ssm_gating_video(video)], dim=1)
 

@@ -97,6 +97,7 @@ class TokenLayout:
 
     def _rotation(self, num_text_tokens: int, num_frames: int) -> Rotation:
         config = self.config
-        video = rotary_angles(num_frames, self.height, self.width, config.head_dim, config.rope_theta)
+        grid = config.rope_grid or None
+        video = rotary_angles(num_frames, self.height, self.width, config.head_dim, config.rope_theta, grid)
         angles = torch.cat([torch.zeros(num_text_tokens, config.head_dim // 2), video])
         return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""The diffusion transformer of TTT-Video: CogVideoX-5B with TTT layers (arXiv 2504.05298).
+"""The diffusion transformer of TTT-Video: CogVideoX-5B with TTT layers (arXiv 2504.05298), or without.
 
 Parameter names are those of the public code's checkpoints, without their `dit.` prefix.
 Shape suffixes: B batch, T latent frames, S scenes, L tokens of the clip, D model dimension.

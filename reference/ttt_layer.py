@@ -12,7 +12,7 @@ from torch.nn import functional
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.rope import rotate
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
-from ttt_video_engine.runtime.config import TransformerConfig
+from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 
 Scan = Callable[..., Tensor]
 """(XQ, XK, XV, eta, norm weight, norm bias, *inner weights) → XQW, as `ttt.ttt_linear`."""
@@ -136,9 +136,9 @@ class SSMGating(nn.Module):
 class TTTWrapper(nn.Module):
     """Holds the one TTT layer that both directions share (`ssm.ttt` in the state dict)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, kind: TTTKind, config: TransformerConfig) -> None:
         super().__init__()
-        self.ttt = {"linear": TTTLinear, "mlp": TTTMLP}[config.ttt](config)
+        self.ttt = {"linear": TTTLinear, "mlp": TTTMLP}[kind](config)
 
     def forward(self, x_BLD: Tensor, layout: TokenLayout) -> Tensor:
         return self.ttt(x_BLD, layout)

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from math import lcm
 from typing import Literal
 
-from msgspec import Struct, field
+from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import replace
 
 from ttt_video_engine.runtime.errors import ConfigError
 
 TTTKind = Literal["linear", "mlp"]
+TTTChoice = Literal["linear", "mlp", "none"]
+"""The inner model of the TTT layers; "none" is a model without them: CogVideoX."""
 LengthName = str
 """Seconds of a video, such as "9s": what `num_scenes` takes."""
 
@@ -31,6 +33,11 @@ MIN_TEXT_LENGTH = 3
 """Tokens of a scene that always stand: scene start, scene end and `</s>`."""
 KERNEL_TOKENS = 64
 """The larger of the two mini-batches in use: tokens that fill it fill mini-batches of 16 as well."""
+
+
+def ttt_label(ttt: str) -> str:
+    """What a model of a `TTTChoice` is called: "TTT-linear", or "no TTT"."""
+    return "no TTT" if ttt == "none" else f"TTT-{ttt}"
 
 
 def length_name(scenes: int) -> LengthName:
@@ -50,14 +57,18 @@ def num_scenes(length: LengthName) -> int:
 
 
 class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The diffusion transformer with TTT layers.
+    """The diffusion transformer: CogVideoX, with TTT layers unless `ttt` is "none".
 
-    `mini_batch_size` is the number of tokens that share one inner gradient step, `ttt_base_lr` the inner learning rate
-    before its learned gate. One attention segment is `attn_length` + `prefix_temporal_length` latent frames, the last
-    of which the next segment starts with.
+    `mini_batch_size` is the number of tokens that share one inner gradient step, 1 without TTT; `ttt_base_lr` is the
+    inner learning rate before its learned gate. One attention segment is `attn_length` + `prefix_temporal_length`
+    latent frames, the last of which the next segment starts with.
+
+    `qk_norm_eps` is that of the norms of queries and keys: `layer_norm_eps` where it is not stated. `rope_grid` is the
+    height and width in patches that a frame had in training: the rotary positions of a frame of another size are
+    resized to it. Where it is not stated, they count from 0. Fields that are not stated are not written either.
     """
 
-    ttt: TTTKind
+    ttt: TTTChoice
     model_dim: int
     num_heads: int
     num_layers: int
@@ -72,6 +83,8 @@ class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     prefix_temporal_length: int = 1
     layer_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    qk_norm_eps: float | UnsetType = UNSET
+    rope_grid: tuple[int, int] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         _require_range(self, 1, MAX_SIZE, "model_dim", "text_dim", "time_embed_dim", "mini_batch_size")
@@ -79,6 +92,12 @@ class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
         _require_range(self, 1, MAX_COUNT, "attn_length")
         _require_range(self, 1e-9, 1e3, "ttt_base_lr")
         _require_range(self, 1e-12, 1.0, "layer_norm_eps")
+        if self.qk_norm_eps is not UNSET:
+            _require_range(self, 1e-12, 1.0, "qk_norm_eps")
+        for side in () if self.rope_grid is UNSET else self.rope_grid:
+            _require(1 <= side <= MAX_PIXELS, "rope_grid", self.rope_grid, f"must lie in 1 … {MAX_PIXELS}")
+        alone = self.ttt != "none" or self.mini_batch_size == 1
+        _require(alone, "mini_batch_size", self.mini_batch_size, "must be 1 without TTT layers (ttt is 'none')")
         _require_range(self, 1.0, 1e9, "rope_theta")
         same = f"must equal in_channels {self.in_channels}"
         _require(self.out_channels == self.in_channels, "out_channels", self.out_channels, same)
@@ -93,6 +112,16 @@ class TransformerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def ttt_kind(self) -> TTTKind | None:
+        """The kind of the TTT layers; None if there are none."""
+        return None if self.ttt == "none" else self.ttt
+
+    @property
+    def head_norm_eps(self) -> float:
+        """Epsilon of the norms of queries and keys."""
+        return self.layer_norm_eps if self.qk_norm_eps is UNSET else self.qk_norm_eps
 
 
 class VaeConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -157,12 +186,17 @@ class TextEncoderConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class DiffusionConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Training noise schedule: beta linear in its square root, then a shift of the signal-to-noise ratio."""
+    """Training noise schedule: beta linear in its square root, then a shift of the signal-to-noise ratio.
+
+    `sampling_steps` is how the steps of sampling are taken from it, see `schedule.make_schedule`; as TTT-Video does
+    where it is not stated.
+    """
 
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     num_train_timesteps: int = 1000
     shift_scale: float = 1.0
+    sampling_steps: Literal["ttt-video", "cogvideox"] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         _require_range(self, 1e-9, 0.999, "beta_start", "beta_end")
@@ -242,8 +276,9 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         """Tokens kept per scene, N: stated, else the most with which the clip fills whole mini-batches.
 
         That is the largest N, up to the largest that is stated, for which S·N text tokens and the video's fill
-        mini-batches of both 64 and `mini_batch_size`, else of `mini_batch_size` alone. Raises ConfigError where there
-        is none: with 1350 tokens a frame, as at 720x480, no number of scenes that 4 divides has one.
+        mini-batches of both 64 and `mini_batch_size`, else of `mini_batch_size` alone. Without TTT there are no
+        mini-batches, and N is the largest that is stated. Raises ConfigError where there is no N: with 1350 tokens a
+        frame, as at 720x480, no number of scenes that 4 divides has one.
         """
         if length in self.text_lengths:
             return self.text_lengths[length]
@@ -276,7 +311,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def _fitting_text_length(self, scenes: int) -> int | None:
         most, mini_batch = max(self.text_lengths.values()), self.transformer.mini_batch_size
         video = self._clip(length_name(scenes), 0).num_tokens(self.transformer.patch_size)
-        for step in (lcm(KERNEL_TOKENS, mini_batch), mini_batch):
+        for step in (lcm(KERNEL_TOKENS, mini_batch), mini_batch) if self.transformer.ttt_kind else (1,):
             # What a text length leaves over repeats after `step` of them.
             least = max(MIN_TEXT_LENGTH, most - step + 1)
             found = next((n for n in range(most, least - 1, -1) if (scenes * n + video) % step == 0), None)

@@ -4,7 +4,7 @@ Those of the public TTT-Video code are taken as well: `public_config.py` puts th
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from ttt_video_engine.runtime import presets
-from ttt_video_engine.runtime.config import LengthName, ModelConfig, TTTKind, num_scenes
+from ttt_video_engine.runtime.config import LengthName, ModelConfig, TTTChoice, num_scenes
 from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError, hint
 from ttt_video_engine.runtime.public_config import export_table, is_public, with_placeholders_quoted
@@ -44,25 +44,29 @@ def resolve_config(
     path: Path | None = None,
     *,
     preset: str | None = None,
-    ttt: TTTKind | None = None,
+    ttt: TTTChoice | None = None,
     lengths: Sequence[str] | None = None,
     dtype: Precision | None = None,
     width: int | None = None,
     height: int | None = None,
     vae_scale_factor: float | None = None,
     seed: int | None = None,
+    with_stored_sizes: Callable[[ModelConfig], ModelConfig] | None = None,
 ) -> ExportConfig:
     """What is asked for, else what the file at `path` states, else the default.
 
     The model is the preset, made for the kind of TTT, then the file's fields, then `width` and `height` in pixels and
-    the `scale_factor` of the VAE. Raises ConfigError, which names the file where there is one, and the field.
+    the `scale_factor` of the VAE. For a model without TTT, `with_stored_sizes` gives the preset, 5B by default, the
+    sizes of a checkpoint. Raises ConfigError, which names the file where there is one, and the field.
     """
     table, warnings = ({}, []) if path is None else _read(path)
     size = {name: pixels for name, pixels in (("width", width), ("height", height)) if pixels is not None}
     with naming(path):
         stated = msgspec.convert(table, _Stated)
         kind = _kind(stated, ttt)
-    base = presets.preset(preset or stated.preset or "tiny", kind)
+    resized = with_stored_sizes if kind == "none" else None
+    base = presets.preset(preset or stated.preset or ("5B" if resized else "tiny"), kind)
+    base = resized(base) if resized else base
     fields = {name: value for name, value in table.items() if name in ModelConfig.__struct_fields__}
     merged = _overlay(msgspec.to_builtins(base), fields | size)
     merged["transformer"]["ttt"] = kind
@@ -74,7 +78,8 @@ def resolve_config(
         model = msgspec.convert(merged, ModelConfig)
         if vae_scale_factor is not None:
             model = replace(model, vae=replace(model.vae, scale_factor=vae_scale_factor))
-        chosen = tuple(lengths or stated.lengths or ("9s",))
+        # Without TTT, scenes know little of each other: one is the length that CogVideoX was trained for.
+        chosen = tuple(lengths or stated.lengths or ("3s" if kind == "none" else "9s",))
         for length in chosen:
             model.clip_size(length)
     return ExportConfig(
@@ -90,7 +95,7 @@ def resolve_config(
 class _Inner(Struct, frozen=True):
     """Those fields of the transformer that go with its kind of TTT."""
 
-    ttt: TTTKind | None = None
+    ttt: TTTChoice | None = None
     mini_batch_size: int | None = None
     ttt_base_lr: float | None = None
 
@@ -99,7 +104,7 @@ class _Stated(Struct, frozen=True, kw_only=True):
     """The options of `export` that a file may state; None where it does not."""
 
     preset: str | None = None
-    ttt: TTTKind | None = None
+    ttt: TTTChoice | None = None
     length: LengthName | Annotated[list[LengthName], Meta(min_length=1)] | None = None
     dtype: Precision | None = None
     seed: Seed | None = None
@@ -164,7 +169,7 @@ def _check_names(table: Table, known: Mapping[str, Table], place: str) -> None:
             _check_names(value, known[name], f"{place}{name}.")
 
 
-def _kind(stated: _Stated, asked: TTTKind | None) -> TTTKind:
+def _kind(stated: _Stated, asked: TTTChoice | None) -> TTTChoice:
     """The kind of TTT: asked for, stated, or linear. Raises ConfigError where the file states values of another."""
     inner = stated.transformer
     if stated.ttt and inner.ttt and stated.ttt != inner.ttt:

@@ -24,6 +24,7 @@ from ttt_video_engine.runtime.bundle import (
 from ttt_video_engine.runtime.errors import StoryboardError
 from ttt_video_engine.runtime.files import check_folder, check_space
 from ttt_video_engine.runtime.passes import check_threshold
+from ttt_video_engine.runtime.prompts import without_transitions
 from ttt_video_engine.runtime.render_folder import TEXT, check_begin, is_done
 from ttt_video_engine.runtime.run_record import BundleRecord, RunRecord
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
@@ -45,7 +46,10 @@ _VERSIONS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One video: a storyboard that the bundle can render, and what fixes the result."""
+    """One video: a storyboard that the bundle can render, and what fixes the result.
+
+    `ignored` says what of the storyboard has no effect with the bundle, one line each.
+    """
 
     storyboard: Storyboard
     record: RunRecord
@@ -53,6 +57,7 @@ class Job:
     folder: Path
     latent_shape: tuple[int, int, int, int, int]
     overwrite: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,7 +75,7 @@ class Job:
     def warnings(self) -> list[str]:
         """What can be rendered but is seldom meant, one line each."""
         cuts = [f"{self.storyboard.source}: {truncation.message}" for truncation in self.truncations]
-        return [*self.storyboard.warnings, *cuts]
+        return [*self.storyboard.warnings, *self.ignored, *cuts]
 
 
 def prepare_jobs(
@@ -103,7 +108,9 @@ def prepare_jobs(
         if storyboard.name in jobs:
             other = jobs[storyboard.name].storyboard.source
             raise StoryboardError(f"{storyboard.source}: its video is named {storyboard.name}, as is that of {other}")
-        length = length_of(storyboard, manifest.lengths)
+        length, ignored = length_of(storyboard, manifest.lengths), list[str]()
+        if model.transformer.ttt_kind is None:
+            storyboard, ignored = without_transitions(storyboard)
         record = RunRecord(
             length=length,
             scenes=storyboard.scenes,
@@ -119,6 +126,7 @@ def prepare_jobs(
             folder=output_dir / storyboard.name,
             latent_shape=(1, *latent_shape(model, model.clip_size(length))),
             overwrite=overwrite,
+            ignored=tuple(ignored),
         )
         check_begin(jobs[storyboard.name].folder, record, overwrite=overwrite)
     for job in list(jobs.values())[:1]:

@@ -14,6 +14,7 @@ from msgspec.structs import replace as with_fields
 from numpy.typing import NDArray
 
 from ttt_video_engine.runtime.bundle import TOKENIZER, Bundle
+from ttt_video_engine.runtime.config import ttt_label
 from ttt_video_engine.runtime.contact_frames import FramePicker
 from ttt_video_engine.runtime.contact_sheet import draw_contact_sheet, draw_preview, scene_frames
 from ttt_video_engine.runtime.errors import DamagedFile, OutputError, TTTVideoError
@@ -302,6 +303,6 @@ def _after(history: History, stage: str, seconds: float) -> History:
 def _footer(job: Job) -> str:
     settings = job.settings
     return (
-        f"{job.record.bundle.preset}, TTT-{job.record.bundle.ttt}, {job.length}, {settings.num_steps} steps, "
+        f"{job.record.bundle.preset}, {ttt_label(job.record.bundle.ttt)}, {job.length}, {settings.num_steps} steps, "
         f"{settings.sampler}, guidance {settings.guidance} {settings.guidance_scale:g}, seed {settings.seed}"
     )

@@ -41,6 +41,16 @@ def with_negative_prompt(storyboard: Storyboard, negative_prompt: str) -> Storyb
     return replace(storyboard, scenes=tuple(scenes))
 
 
+def without_transitions(storyboard: Storyboard) -> tuple[Storyboard, list[str]]:
+    """The storyboard for a model that knows no scene tokens, as CogVideoX, and a line where it asked for some."""
+    asked = [str(number) for number, scene in enumerate(storyboard.scenes, 1) if scene.requires_scene_transition]
+    if not asked:
+        return storyboard, []
+    scenes = tuple(replace(scene, requires_scene_transition=False) for scene in storyboard.scenes)
+    line = "requires_scene_transition: no effect, as the bundle's model has no scene tokens"
+    return replace(storyboard, scenes=scenes), [f"{storyboard.source}: scene {', '.join(asked)}, {line}"]
+
+
 def prompt_text(storyboard: Storyboard) -> str:
     """The content of `prompt.txt` as the public code writes it: scenes with their scene tokens, a blank line between.
 

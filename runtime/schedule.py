@@ -20,7 +20,7 @@ class Schedule:
     """Noise levels of n denoising steps, noisiest first.
 
     alpha_sqrt is the square root of alpha-bar, the share of signal: 0 is pure noise, 1 is the clean latent. Both
-    tables are rescaled to zero terminal SNR, each over its own steps, so they differ slightly at the same timestep.
+    tables are rescaled to zero terminal SNR, see `make_schedule`.
     """
 
     timesteps: NDArray[np.int64]
@@ -32,14 +32,24 @@ class Schedule:
 
 
 def make_schedule(config: DiffusionConfig, num_steps: int) -> Schedule:
-    """The schedule of `num_steps` evenly spaced steps. Raises ConfigError where training had fewer."""
+    """The schedule of n = `num_steps` evenly spaced steps, of T in training. Raises ConfigError where n > T.
+
+    "ttt-video": timestep i is T-1 - i (T-1)/n without its fraction. Zero terminal SNR is enforced over the n levels, so
+    they differ slightly from those of the training table. "cogvideox": timestep i is T - i T/n, rounded, less 1
+    ("trailing" spacing, arXiv 2305.08891, table 2), and its level is that of the training table.
+    """
     num_train = config.num_train_timesteps
     if not 1 <= num_steps <= num_train:
         raise ConfigError(f"num_steps is {num_steps!r}: must lie in 1 … {num_train}, the steps of training")
-    timesteps = np.linspace(num_train - 1, 0, num_steps, endpoint=False).astype(np.int64)
     alpha_sqrt = _train_alpha_sqrt(config)
-    sampled = _zero_terminal_snr(alpha_sqrt[timesteps[::-1]])[::-1]
-    return Schedule(timesteps, np.append(sampled, 1.0), _zero_terminal_snr(alpha_sqrt))
+    table = _zero_terminal_snr(alpha_sqrt)
+    if config.sampling_steps == "cogvideox":
+        timesteps = np.round(num_train * np.arange(num_steps, 0, -1) / num_steps).astype(np.int64) - 1
+        sampled = table[timesteps]
+    else:
+        timesteps = np.linspace(num_train - 1, 0, num_steps, endpoint=False).astype(np.int64)
+        sampled = _zero_terminal_snr(alpha_sqrt[timesteps[::-1]])[::-1]
+    return Schedule(timesteps, np.append(sampled, 1.0), table)
 
 
 def guidance_scales(
@@ -52,8 +62,9 @@ def guidance_scales(
 
     "dynamic" grows from 1 to `scale` along 1 + (scale - 1) (1 - cos(pi p^5)) / 2 with p the progress from 0 to 1, as
     the documentation of TTT-Video describes (dynamic guidance of CogVideoX, arXiv 2408.06072). "upstream" is what its
-    code evaluates: 1 + scale (1 - cos(pi ((n - t) / n)^5)) / 2 with t the timestep and n the number of steps, which
-    oscillates between 1 and 1 + scale. "constant" is `scale` in every step.
+    code evaluates, and diffusers for CogVideoX with `use_dynamic_cfg`: 1 + scale (1 - cos(pi ((n - t) / n)^5)) / 2 with
+    t the timestep and n the number of steps, which oscillates between 1 and 1 + scale. "constant" is `scale` in every
+    step.
 
     Outside `interval`, two values of the progress, the scale is 1 (limited interval guidance, arXiv 2404.07724).
 

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from ttt_video_engine.runtime.config import TTTChoice
+
 Guidance = Literal["dynamic", "upstream", "constant"]
 Sampler = Literal["ddim", "dpmpp-2m-sde"]
 Codec = Literal["h264", "hevc", "av1"]
@@ -35,3 +37,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     low_memory: bool = False
     guidance_interval: tuple[float, float] | None = None
     step_cache: Annotated[float, Meta(gt=0)] | None = None
+
+
+def settings_for(ttt: TTTChoice) -> Settings:
+    """The settings that a model's authors use. CogVideoX: 8 frames per second, and the same guidance in every step."""
+    return Settings(fps=8, guidance="constant") if ttt == "none" else Settings()

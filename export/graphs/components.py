@@ -71,7 +71,7 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
         module=TransformerGraph(transformer),
         inputs=transformer_inputs(size, latent_shape(model, size)[1], model.transformer.text_dim),
         outputs=("velocity",),
-        ttt=model.transformer.ttt,
+        ttt=model.transformer.ttt_kind,
         length=length,
         layers="transformer.layers",
     )

@@ -130,7 +130,7 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
     proto = ir.to_proto(model)
     if ttt is not None:
         add_function_body(proto, ttt)
-    if inline:
+    if inline and ttt is not None:
         proto = inline_function_body(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     _check(proto)

@@ -227,7 +227,7 @@ def _recorded_transformer(
     size = ClipSize(num_scenes=num_scenes, num_frames=num_frames, height=height, width=width, text_length=text_length)
     inputs = transformer_inputs(size, channels, text_dim)
     return Graph(
-        "transformer", "transformer/model.onnx", TransformerGraph(transformer), inputs, ("velocity",), config.ttt
+        "transformer", "transformer/model.onnx", TransformerGraph(transformer), inputs, ("velocity",), config.ttt_kind
     )
 
 

@@ -121,9 +121,9 @@ class CheckpointSource:
     """A checkpoint folder with the layout of the Hugging Face hub: transformer/, vae/, text_encoder/ and tokenizer/.
 
     `transformer` holds TTT-Video's weights under the names of its public code, or Hugging Face's CogVideoX. CogVideoX
-    has no TTT layers: they are initialised from `seed`, which `report` states. `vae` is the original 3d-vae.pt or
-    Hugging Face's, `text_encoder` and `tokenizer` are T5 v1.1's. `open_state` lists the file formats. Raises
-    CheckpointError for a component that is missing or damaged, or whose sizes differ from the model's.
+    has no TTT layers: where the model has, they are initialised from `seed`, which `report` states. `vae` is the
+    original 3d-vae.pt or Hugging Face's, `text_encoder` and `tokenizer` are T5 v1.1's. `open_state` lists the file
+    formats. Raises CheckpointError for a component that is missing or damaged, or whose sizes differ from the model's.
     """
 
     model: ModelConfig
@@ -176,8 +176,11 @@ class CheckpointSource:
 
         state = open_state(path)
         weights, origin = transformer_weights(state), fingerprint(path)
-        if is_cogvideox_transformer(state):
-            self.report(f"{path}: has no TTT layers; they are initialised, untrained, from seed {self.seed}")
+        if is_cogvideox_transformer(state) and self.model.transformer.ttt_kind:
+            self.report(
+                f"{path}: has no TTT layers; they are initialised, untrained, from seed {self.seed} "
+                "(--ttt none leaves them out)"
+            )
             shapes = {name: value.shape for name, value in on_meta_device(build).state_dict().items() if is_ttt(name)}
             weights, origin = {**weights, **init_ttt_weights(shapes, self.seed)}, f"{origin}, TTT from seed {self.seed}"
         kind, wanted = ttt_kind(weights), self.model.transformer.ttt

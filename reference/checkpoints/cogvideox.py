@@ -42,7 +42,7 @@ def is_cogvideox_transformer(state: LazyStateDict) -> bool:
 def cogvideox_transformer(state: LazyStateDict) -> LazyStateDict:
     """The weights of a `CogVideoXTransformer3DModel` under the reference's names. Unknown names are kept.
 
-    It has no TTT layers.
+    It has no TTT layers. It loads into a model that has none, or that initialises them.
     """
     return {_transformer_name(name): value for name, value in state.items()}
 

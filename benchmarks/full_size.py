@@ -20,7 +20,7 @@ from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
-from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig, TTTKind
+from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig, TTTChoice
 from ttt_video_engine.runtime.presets import preset
 from ttt_video_engine.runtime.ttt_op import DOMAIN
 
@@ -29,11 +29,11 @@ DTYPE = torch.bfloat16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ttt", choices=["linear", "mlp"], action="append")
+    parser.add_argument("--ttt", choices=["linear", "mlp", "none"], action="append")
     parser.add_argument("--length", choices=list(SCENES_PER_LENGTH), action="append")
     options = parser.parse_args()
     rows = []
-    kinds: list[TTTKind] = options.ttt or ["linear", "mlp"]
+    kinds: list[TTTChoice] = options.ttt or ["linear", "mlp", "none"]
     for ttt in kinds:
         model = preset("5B", ttt)
         rows += component_rows(
@@ -63,9 +63,10 @@ def row(model: ModelConfig, graph: Graph) -> list[str]:
         save(trace(graph), path, weights, graph.ttt)
         seconds, size = perf_counter() - start, path.stat().st_size
         proto = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
-    name = graph.name if graph.ttt is None else f"{graph.name}, {graph.ttt}"
-    cells = [name, "", "", ""] if graph.ttt is None else [name, *check_scans(model, graph, proto)]
-    return [*cells, f"{size:,}", f"{weights.size:,}", f"{seconds:.0f}", f"{peak_memory() / 2**30:.2f}"]
+    name, cells = graph.name, ["", "", ""]
+    if graph.component == "transformer":
+        name, cells = f"{graph.name}, {model.transformer.ttt}", check_scans(model, graph, proto)
+    return [name, *cells, f"{size:,}", f"{weights.size:,}", f"{seconds:.0f}", f"{peak_memory() / 2**30:.2f}"]
 
 
 def check_scans(model: ModelConfig, graph: Graph, proto: onnx.ModelProto) -> list[str]:
@@ -78,9 +79,10 @@ def check_scans(model: ModelConfig, graph: Graph, proto: onnx.ModelProto) -> lis
         for name, expected in zip([*node.input[:4], node.output[0]], [clip, clip, clip, clip[:4], clip], strict=True):
             if shapes[name] != expected:
                 raise SystemExit(f"{graph.name}: {node.name}: {name} is {shapes[name]}; must be {expected}")
-    if len(nodes) != 2 * config.num_layers:
-        raise SystemExit(f"{graph.name}: {len(nodes)} TTT nodes; must be {2 * config.num_layers}")
-    return [f"{tokens:,}", f"{len(nodes)}", str(list(clip)).replace("'", "")]
+    wanted = 2 * config.num_layers if config.ttt_kind else 0
+    if len(nodes) != wanted:
+        raise SystemExit(f"{graph.name}: {len(nodes)} TTT nodes; must be {wanted}")
+    return [f"{tokens:,}", f"{len(nodes)}", str(list(clip)).replace("'", "") if nodes else ""]
 
 
 def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:

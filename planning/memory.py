@@ -36,6 +36,8 @@ GPU_STREAMS = 12
 """Live tensors [B, L, D] in the second TTT pass of a layer: the residual, the output of attention, the sum with the
 first pass, its reversal, q, k and v before and after they are prepared for the scan, the output of the scan, and one in
 reserve. The hidden layer of the MLP, before and after GELU, has ten."""
+GPU_STREAMS_WITHOUT_TTT = 10
+"""Those of the MLP's hidden layer."""
 GPU_VAE_TENSORS = 5
 """Live activations in a residual block: the skip, scale and shift of the norm, the padded input, and the output."""
 
@@ -113,25 +115,28 @@ def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int)
     the clip (13 whole, 4 in parts of text and video, 2 in halves for rotary embedding). The shapes [B·S, …] of segments
     have an unnamed first axis, so each buffer is allocated and freed by itself: six tensors, and the scores
     [B·S, h, M, M] before and after softmax. With several scenes, five more tensors are live in the order of the scan.
+    Without TTT there are twelve less, by measurement.
     """
     config = model.transformer
     tokens, segment = size.num_tokens(config.patch_size), segment_tokens(config, size)
     stream = max(tokens, size.num_scenes * segment) * config.model_dim
     scores = size.num_scenes * config.num_heads * segment**2
-    streams = 24 if size.num_scenes == 1 else 29
+    streams = (24 if size.num_scenes == 1 else 29) - (0 if config.ttt_kind else 12)
     hidden = 4 * tokens * config.model_dim
     live = 2 * scores + 2 * hidden + streams * stream + CPU_STATES * _ttt_state(model)
     return FLOAT32 * batch * live
 
 
 def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
-    """GPU_STREAMS tensors. TensorRT fuses attention in half precision; in float32, the scores are live twice."""
+    """GPU_STREAMS tensors, fewer without TTT. TensorRT fuses attention in half precision; in float32, the scores are
+    live twice."""
     config = model.transformer
     tokens = size.num_tokens(config.patch_size)
     segment = segment_tokens(config, size)
     scores = 2 * size.num_scenes * config.num_heads * segment**2 if item == FLOAT32 else 0
-    rates = FLOAT32 * tokens * config.num_heads
-    return batch * (item * (GPU_STREAMS * tokens * config.model_dim + scores) + rates + FLOAT32 * _ttt_state(model))
+    rates = FLOAT32 * tokens * config.num_heads if config.ttt_kind else 0
+    streams = GPU_STREAMS if config.ttt_kind else GPU_STREAMS_WITHOUT_TTT
+    return batch * (item * (streams * tokens * config.model_dim + scores) + rates + FLOAT32 * _ttt_state(model))
 
 
 def _ttt_state(model: ModelConfig) -> int:

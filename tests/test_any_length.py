@@ -94,6 +94,13 @@ def test_every_length_fills_whole_mini_batches_or_says_which_do(name: str, kind:
     assert refused == list(range(every, MAX_SCENES + 1, every))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_ttt_every_length_has_all_text(name: str) -> None:
+    model = preset(name, "none")
+    sizes = [model.clip_size(length_name(scenes)) for scenes in range(1, MAX_SCENES + 1)]
+    assert {size.text_length for size in sizes} == {226}
+
+
 def test_two_scenes_of_5b() -> None:
     size = preset("5B", "mlp").clip_size("6s")
     assert (size.num_scenes, size.num_frames, size.text_length, size.num_tokens(2)) == (2, 25, 501, 34752)

@@ -27,7 +27,7 @@ from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import ConvCache, VaeDecoder
 from ttt_video_engine.runtime.bundle import GraphEntry, Manifest, encode_manifest, open_bundle
-from ttt_video_engine.runtime.config import ModelConfig, TTTKind
+from ttt_video_engine.runtime.config import ModelConfig, TTTChoice, TTTKind
 from ttt_video_engine.runtime.dtypes import WEIGHT_ALIGNMENT
 from ttt_video_engine.runtime.presets import PRESETS, preset
 
@@ -50,9 +50,9 @@ def modules(model: ModelConfig) -> dict[str, nn.Module]:
 # Weights
 
 
-@pytest.mark.parametrize("ttt", KINDS)
+@pytest.mark.parametrize("ttt", [*KINDS, "none"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_tables_of_weights_are_those_of_the_modules(name: str, ttt: TTTKind) -> None:
+def test_the_tables_of_weights_are_those_of_the_modules(name: str, ttt: TTTChoice) -> None:
     model = preset(name, ttt)
     for component, module in modules(model).items():
         # Without the second name of T5's embedding, whose bytes are stored once.
@@ -85,8 +85,8 @@ def counted(module: nn.Module, *inputs: Tensor | ConvCache) -> int:
     return total
 
 
-@pytest.mark.parametrize(("ttt", "length"), [("linear", "3s"), ("linear", "9s"), ("mlp", "3s")])
-def test_operations_of_the_transformer(ttt: TTTKind, length: str) -> None:
+@pytest.mark.parametrize(("ttt", "length"), [("linear", "3s"), ("linear", "9s"), ("mlp", "3s"), ("none", "6s")])
+def test_operations_of_the_transformer(ttt: TTTChoice, length: str) -> None:
     model = preset("tiny", ttt)
     size = model.clip_size(length)
     latents = torch.zeros(1, size.num_frames, 16, size.height, size.width)

@@ -1,6 +1,7 @@
 """The noise schedule and the guidance scales, against the recording of the public code and against what they claim."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,9 +36,12 @@ def test_fifty_steps_are_the_documented_timesteps() -> None:
     assert [timesteps[0], timesteps[1], timesteps[-1]] == [999, 979, 19]
 
 
+@pytest.mark.parametrize("steps", ["ttt-video", "cogvideox"])
 @given(num_steps=st.integers(1, 1000), shift=st.floats(0.2, 5.0))
-def test_levels_rise_from_exactly_0_to_exactly_1(num_steps: int, shift: float) -> None:
-    schedule = make_schedule(DiffusionConfig(shift_scale=shift), num_steps)
+def test_levels_rise_from_exactly_0_to_exactly_1(
+    steps: Literal["ttt-video", "cogvideox"], num_steps: int, shift: float
+) -> None:
+    schedule = make_schedule(DiffusionConfig(shift_scale=shift, sampling_steps=steps), num_steps)
     assert schedule.timesteps.shape == (num_steps,)
     assert schedule.alpha_sqrt.shape == (num_steps + 1,)
     assert schedule.alpha_sqrt[0] == 0.0
@@ -96,6 +100,38 @@ def test_ddim_is_that_of_diffusers() -> None:
         x = scheduler.step(torch.tanh(x), timestep, x).prev_sample
         if timestep > 0:  # where diffusers goes to the first of training's levels, and this on to none
             assert_allclose(step.latents, x.numpy(), atol=1e-4)
+
+
+COGVIDEOX = DiffusionConfig(sampling_steps="cogvideox")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 16, 20, 30, 50, 64, 333, 500, 999, 1000])
+def test_the_steps_of_cogvideox_are_those_of_diffusers(num_steps: int) -> None:
+    scheduler = peer(1.0)
+    scheduler.set_timesteps(num_steps)
+    schedule = make_schedule(COGVIDEOX, num_steps)
+    assert_array_equal(schedule.timesteps, scheduler.timesteps.numpy())
+    assert_allclose(schedule.alpha_sqrt[:-1] ** 2, scheduler.alphas_cumprod[scheduler.timesteps].numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+def test_ddim_with_the_steps_of_cogvideox_is_that_of_diffusers(num_steps: int) -> None:
+    """To the last step, where num_steps divides 1000. Else diffusers goes to levels that are not those of its steps."""
+    scheduler = peer(1.0)
+    scheduler.set_timesteps(num_steps)
+    noise = np.random.default_rng(0).standard_normal((4, 16), dtype=np.float32)
+    steps = sample(
+        lambda x, timestep: (np.tanh(x), np.tanh(x)),
+        noise,
+        make_schedule(COGVIDEOX, num_steps),
+        np.ones(num_steps),
+        "ddim",
+        lambda: noise,
+    )
+    x = torch.from_numpy(noise)
+    for timestep, step in zip(scheduler.timesteps, steps, strict=True):
+        x = scheduler.step(torch.tanh(x), timestep, x).prev_sample
+        assert_allclose(step.latents, x.numpy(), atol=1e-6)
 
 
 def test_shift_divides_the_signal_to_noise_ratio() -> None:

@@ -36,10 +36,10 @@ def _count(length: int) -> Tensor:
 
 
 def _resized(height: int, width: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Positions of rows and columns: the frame is scaled, aspect kept, to fit into the grid, and centred in it.
+    """Positions of rows and columns of a frame that is scaled to fit into the grid, aspect kept, and centred in it.
 
-    As CogVideoX's are for a frame of another size than in training. With whole numbers for size and margin of the
-    scaled frame, position i of n goes evenly from `margin` to (margin + size)·(n − 1)/n.
+    These are CogVideoX's for a frame of another size than in training. Size and margin of the scaled frame are rounded;
+    the n positions of an axis go evenly from margin to (margin + size)·(n − 1)/n.
     """
     base_height, base_width = grid
     tall = height / width > base_height / base_width

@@ -22,7 +22,7 @@ from ttt_video_engine.runtime.bundle import (
     open_bundle,
     transformer_graph_name,
 )
-from ttt_video_engine.runtime.config import ModelConfig, TTTKind
+from ttt_video_engine.runtime.config import ModelConfig, TTTChoice
 from ttt_video_engine.runtime.stages import decode
 
 CASES = (("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1))
@@ -40,7 +40,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for bundle in options.bundle or [
-            _exported(Path(folder), name, ttt, lengths) for name in ("tiny", "debug") for ttt in ("linear", "mlp")
+            _exported(Path(folder), name, ttt, lengths)
+            for name in ("tiny", "debug")
+            for ttt in ("linear", "mlp", "none")
         ]:
             for length in lengths:
                 rows += [print_row(row) for row in rows_of(bundle, length)]
@@ -93,7 +95,7 @@ def _peak_of_decoding(bundle: Bundle, length: str) -> int:
     return peak_memory()
 
 
-def _exported(parent: Path, name: str, ttt: TTTKind, lengths: list[str]) -> Path:
+def _exported(parent: Path, name: str, ttt: TTTChoice, lengths: list[str]) -> Path:
     from ttt_video_engine.export.build import export_bundle
     from ttt_video_engine.export.sources.source import SeededSource
     from ttt_video_engine.runtime.presets import preset

@@ -33,8 +33,8 @@ def export(
     length: Annotated[
         list[str] | None,
         typer.Option(
-            help="Seconds at 16 fps, a multiple of 3 such as 9s; may be given several times.",
-            show_default="9s, or 3s without TTT",
+            help="Seconds at 16 fps, a multiple of 3 such as 9s; may be given several times. Without TTT 3s is the default.",
+            show_default="9s",
         ),
     ] = None,
     scenes: Annotated[

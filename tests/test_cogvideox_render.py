@@ -1,6 +1,7 @@
 """A stock CogVideoX folder, exported and rendered by the commands, beside diffusers' own pipeline."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
-from messages import ERROR, names
+from messages import ERROR, names, refusal
 from numpy.typing import NDArray
 from PIL import Image
 from stand_in import render
@@ -118,6 +119,15 @@ def test_what_the_commands_say_of_it(run: Run, stock: Path, exported: Path, tmp_
         _, out, _ = run("plan", *(options or ("--ttt", "none", "--checkpoint", stock)), "--length", "9s", "--json")
         command = json.loads(out)["commands"][0].split()
         assert command[:6] == ["ttt-video", "export", "--ttt", "none", "--checkpoint", str(folder)]
+
+
+def test_other_defaults_change_no_file_but_the_manifest(run: Run, stock: Path, exported: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    code, _, err = run("export", "--ttt", "none", "--checkpoint", stock, "--output", bundle, "--fps", 12)
+    assert code == 0, err
+    old, new = open_bundle(exported).manifest, open_bundle(bundle).manifest
+    assert (new.defaults, new.files) == (Settings(fps=12, guidance="constant"), old.files)
+    names(refusal(run("export", "--output", bundle, "--fps", 0)), "fps", 0)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def export(
     length: Annotated[
         list[str] | None,
         typer.Option(
-            help="Seconds at 16 fps, a multiple of 3 such as 9s; may be given several times. Without TTT 3s is the default.",
+            help="Seconds at 16 fps, a multiple of 3 such as 9s; may be given several times. 3s without TTT.",
             show_default="9s",
         ),
     ] = None,

@@ -121,7 +121,7 @@ def test_ddim_with_the_steps_of_cogvideox_is_that_of_diffusers(num_steps: int) -
     scheduler.set_timesteps(num_steps)
     noise = np.random.default_rng(0).standard_normal((4, 16), dtype=np.float32)
     steps = sample(
-        lambda x, timestep: (np.tanh(x), np.tanh(x)),
+        lambda x, timestep, scale: np.tanh(x),
         noise,
         make_schedule(COGVIDEOX, num_steps),
         np.ones(num_steps),

@@ -7,7 +7,6 @@ BUNDLE := bundles/demo
 SHORT := bundles/tiny-3s
 EMBEDDED := ttt_video_engine/demo_bundle
 EXPORT := $(BIN)/ttt-video export --config demo/demo.toml --checkpoint
-GUIDANCE := --guidance constant --guidance-scale 4
 LENGTHS := --length 3s --length 9s --length 18s --length 30s --length 63s
 CASES ?= 100000
 SEED ?= 1
@@ -17,7 +16,7 @@ SEED ?= 1
 
 demo: $(VENV)  ## exports the demo model and renders three scenes with it
 	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
-	$(BIN)/ttt-video sample storyboards/demo-9s.json --bundle $(BUNDLE) $(GUIDANCE) --output-dir output --overwrite
+	$(BIN)/ttt-video sample storyboards/demo-9s.json --bundle $(BUNDLE) --output-dir output --overwrite
 
 wheel: $(VENV)  ## dist/*.whl, with the demo model's bundle in it
 	$(EXPORT) demo/checkpoint $(LENGTHS) --output $(EMBEDDED)
@@ -28,9 +27,8 @@ judge: $(VENV)  ## renders 100 held-out storyboards with TTT and without, and me
 	$(BIN)/python -m demo.without_ttt demo/checkpoint bundles/checkpoint-without-ttt
 	$(EXPORT) bundles/checkpoint-without-ttt --length 9s --output $(BUNDLE)-without-ttt
 	$(BIN)/python -m demo.held_out --scenes 3 --count 100 --output output/judge-3.jsonl
-	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE) $(GUIDANCE) --output-dir output/judge
-	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE)-without-ttt $(GUIDANCE) \
-		--output-dir output/judge-without-ttt
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE) --output-dir output/judge
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE)-without-ttt --output-dir output/judge-without-ttt
 	$(BIN)/python -m demo.evaluate output/judge output/judge-without-ttt
 
 test: $(VENV)

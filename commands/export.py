@@ -15,7 +15,7 @@ from ttt_video_engine.runtime.config import MAX_SCENES, TTTChoice, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
-from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, settings_for
+from ttt_video_engine.runtime.settings import MAX_SEED, BackendName
 from ttt_video_engine.runtime.video import frame_rate
 
 
@@ -109,7 +109,7 @@ def export(
         seed=seed,
         with_stored_sizes=None if checkpoint is None else partial(with_stored_sizes, checkpoint),
     )
-    defaults = settings_for(chosen.model.transformer.ttt)
+    defaults = chosen.sampling
     if fps is not None:
         frame_rate(fps)
         defaults = replace(defaults, fps=fps)

@@ -17,8 +17,9 @@ from ttt_video_engine.runtime import presets
 from ttt_video_engine.runtime.config import LengthName, ModelConfig, TTTChoice, num_scenes
 from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError, hint
+from ttt_video_engine.runtime.passes import check_steps
 from ttt_video_engine.runtime.public_config import export_table, is_public, with_placeholders_quoted
-from ttt_video_engine.runtime.settings import Seed
+from ttt_video_engine.runtime.settings import Seed, Settings, settings_for
 
 MAX_FILE_BYTES = 64 << 10
 
@@ -26,7 +27,8 @@ Table = dict[str, Any]
 
 
 class ExportConfig(Struct, frozen=True, kw_only=True):
-    """What to export. Every length is one that the model can have; `seed` is that of random weights.
+    """What to export. Every length is one that the model can have; `seed` is that of random weights, `sampling` are the
+    settings of rendering that the bundle states.
 
     `vae_scale_stated` says that an option or the file states the VAE scale factor, so a checkpoint does not change it.
     `warnings` are lines about a file of the public code: what of it has no meaning here.
@@ -36,6 +38,7 @@ class ExportConfig(Struct, frozen=True, kw_only=True):
     lengths: tuple[str, ...]
     dtype: DType
     seed: int
+    sampling: Settings
     vae_scale_stated: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -82,11 +85,15 @@ def resolve_config(
         chosen = tuple(lengths or stated.lengths or ("3s" if kind == "none" else "9s",))
         for length in chosen:
             model.clip_size(length)
+    with naming(path):
+        sampling = msgspec.convert(_overlay(msgspec.to_builtins(settings_for(kind)), stated.sampling), Settings)
+        check_steps(sampling, model.diffusion)
     return ExportConfig(
         model=model,
         lengths=chosen,
         dtype=DTYPES[dtype or stated.dtype or "float32"],
         seed=next(value for value in (seed, stated.seed, 0) if value is not None),
+        sampling=sampling,
         vae_scale_stated=vae_scale_factor is not None or "scale_factor" in table.get("vae", {}),
         warnings=tuple(f"{path}: {warning}" for warning in warnings),
     )
@@ -109,6 +116,7 @@ class _Stated(Struct, frozen=True, kw_only=True):
     dtype: Precision | None = None
     seed: Seed | None = None
     transformer: _Inner = _Inner()
+    sampling: Table = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -131,7 +139,7 @@ def _names(struct: type[Struct]) -> Table:
     return {name: _names(kind) if isinstance(kind, type) and issubclass(kind, Struct) else {} for name, kind in nested}
 
 
-_KNOWN = _names(_Stated) | _names(ModelConfig)
+_KNOWN = _names(_Stated) | _names(ModelConfig) | {"sampling": _names(Settings)}
 
 
 def _read(path: Path) -> tuple[Table, list[str]]:

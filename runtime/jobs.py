@@ -23,11 +23,10 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.errors import StoryboardError
 from ttt_video_engine.runtime.files import check_folder, check_space
-from ttt_video_engine.runtime.passes import check_threshold
+from ttt_video_engine.runtime.passes import check_steps
 from ttt_video_engine.runtime.prompts import without_transitions
 from ttt_video_engine.runtime.render_folder import TEXT, check_begin, is_done
 from ttt_video_engine.runtime.run_record import BundleRecord, RunRecord
-from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.step_state import LATENTS, states_in
 from ttt_video_engine.runtime.storyboard import Storyboard, length_of
@@ -94,9 +93,7 @@ def prepare_jobs(
     """
     manifest = bundle.manifest
     model = manifest.model
-    schedule = make_schedule(model.diffusion, settings.num_steps)
-    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps, settings.guidance_interval)
-    check_threshold(settings.step_cache)
+    check_steps(settings, model.diffusion)
     video_format = VideoFormat(settings.fps, settings.crf, settings.codec)
     check_encoder(video_format, width=model.width, height=model.height)
     settings = with_crf(settings)

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ttt_video_engine.runtime.config import DiffusionConfig
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.sampler import Array, guide
+from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
+from ttt_video_engine.runtime.settings import Settings
 
 RunBranches = Callable[[Array, int, bool], Array]
 """(x [1, …], timestep, whether guided) → velocities [2, …], negative first, or [1, …], the positive one."""
@@ -44,9 +47,12 @@ class Reusable:
         return self.latents + self.change[1:]
 
 
-def check_threshold(threshold: float | None) -> None:
-    """Raises ConfigError unless a step cache has a threshold above 0; NaN and infinity are none."""
-    if threshold is not None and not 0 < threshold < math.inf:
+def check_steps(settings: Settings, diffusion: DiffusionConfig) -> None:
+    """Raises ConfigError where the settings are out of the range of what steps can be made with."""
+    schedule = make_schedule(diffusion, settings.num_steps)
+    guidance_scales(settings.guidance, settings.guidance_scale, schedule.timesteps, settings.guidance_interval)
+    threshold = settings.step_cache
+    if threshold is not None and not 0 < threshold < math.inf:  # NaN is not, either
         raise ConfigError(f"step cache is {threshold:g}: must be a deviation above 0, such as 0.05")
 
 

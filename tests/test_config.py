@@ -12,6 +12,7 @@ from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig, TTTK
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").rglob("*.toml"))
@@ -314,6 +315,29 @@ def test_export_refuses_a_file_in_one_line(
     path = write(f"{field} = {value}")
     names(refusal(run("export", "--config", path, "--output", tmp_path / "bundle", *options)), path, field)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_states_how_sample_renders(write: Write) -> None:
+    found = resolve_config(
+        write('[sampling]\nguidance = "constant"\nguidance_scale = 4.0\nguidance_interval = [0, 0.5]\n')
+    )
+    assert found.sampling == Settings(guidance="constant", guidance_scale=4.0, guidance_interval=(0.0, 0.5))
+    assert resolve_config().sampling == Settings()
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("guidance_scale = 0.5", "guidance scale"),
+        ("guidance_interval = [0.5, 0.2]", "guidance interval"),
+        ("step_cache = -1.0", "step_cache"),
+        ("num_steps = 0", "num_steps"),
+        ('guidance = "none"', "guidance"),
+        ("seeds = 1", "sampling.seeds"),
+    ],
+)
+def test_settings_that_cannot_render_are_refused(write: Write, line: str, name: str) -> None:
+    names(error_of(write(f"[sampling]\n{line}\n")), name)
 
 
 def test_help_shows_the_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

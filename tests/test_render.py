@@ -86,6 +86,8 @@ def test_a_video_of_nine_seconds(run: Run, shared_bundle: Path, tmp_path: Path) 
         "crf": 18,
         "seed": 7,
         "low_memory": True,
+        "guidance_interval": None,
+        "step_cache": None,
     }
     assert [scene["text"] for scene in sidecar["storyboard"]["scenes"]] == [scene["text"] for scene in scenes]
     (truncation,) = sidecar["truncations"]

@@ -1,42 +1,24 @@
 """The calls that engines make of CUDA, with a driver in place of NVIDIA's whose GPU is the memory of the host."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driver import HERE, build_driver, needs_driver, run_with
 
-HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a library of Linux"),
-    pytest.mark.skipif(shutil.which("cc") is None, reason="the fake driver is compiled with cc"),
-]
+pytestmark = needs_driver
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("cuda.core")
-    folder = tmp_path_factory.mktemp("driver")
-    command = ["cc", "-shared", "-fPIC", "-w", "-o", str(folder / "libcuda.so.1"), str(HERE / "fake_driver.c"), "-ldl"]
-    subprocess.run(command, check=True)
-    return folder
-
-
-def run(driver: Path, folder: Path, code: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(HERE.parent), **settings}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, *code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
 def found(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("calls")
-    done = run(driver, folder, [str(HERE / "cuda_calls.py")])
+    done = run_with(driver, folder, [str(HERE / "cuda_calls.py")])
     assert done.returncode == 0, done.stderr
     content: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return content
@@ -72,6 +54,6 @@ def test_a_kernel_is_launched_as_its_cubin_says(found: dict[str, Any]) -> None:
     ("settings", "named"), [({"FAKE_CUDA_VERSION": "12040"}, "12.4"), ({"FAKE_GPUS": "0"}, "no NVIDIA GPU")]
 )
 def test_a_driver_that_cannot_be_used(driver: Path, tmp_path: Path, settings: dict[str, str], named: str) -> None:
-    done = run(driver, tmp_path, ["-c", "from ttt_video_engine.engines import cuda; cuda.device()"], **settings)
+    done = run_with(driver, tmp_path, ["-c", "from ttt_video_engine.engines import cuda; cuda.device()"], **settings)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "BackendError: " in last and named in last

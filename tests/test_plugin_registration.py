@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from packages import tensorrt_rtx
 
-from ttt_video_engine.engines.tensorrt import plugin
 from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins
 from ttt_video_engine.runtime import ttt_op
@@ -54,10 +53,3 @@ def test_an_error_within_the_block_is_the_one_that_is_shown(tmp_path: Path) -> N
         assert sorted(registry.names) == sorted(ttt_op.OP_TYPES.values())
         raise KeyError("first")
     assert registry.names == []
-
-
-def test_a_plugin_accepts_the_only_tactic(tmp_path: Path) -> None:
-    """TensorRT reads a status of -1 where the method is missing."""
-    kernels = plugin._Kernels(tmp_path, "sm_89")
-    layer = plugin._plugin_class(package(Registry()), "linear", kernels)("layers.0")
-    assert type(layer).__dict__["set_tactic"](layer, 0) is None

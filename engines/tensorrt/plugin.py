@@ -112,6 +112,9 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
             self.plugin_name, self.plugin_version, self.plugin_namespace = ttt_op.OP_TYPES[op], VERSION, NAMESPACE
             self.num_outputs = 1
             self.layer = layer
+            # None: sizes follow from the shapes, and the cubin is in the bundle. In the type of C++: another would be
+            # converted to a temporary object, which the binding refuses where TensorRT calls outside of a Python call.
+            self.fields = api.PluginFieldCollection_(api.PluginFieldCollection([]))
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -149,8 +152,7 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
             """There is only one tactic. Without this method TensorRT reads a status of −1, which is an error."""
 
         def get_fields_to_serialize(self) -> Any:
-            # None: sizes follow from the shapes, and the cubin is in the bundle.
-            return api.PluginFieldCollection([])
+            return self.fields
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()

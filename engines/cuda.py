@@ -25,7 +25,8 @@ _CURE = "run on a machine with an NVIDIA GPU, or use --engine onnxruntime"
 class Device:
     """A GPU. `gpu` is its architecture, such as "sm_89"; memory is in bytes.
 
-    `driver` is the newest CUDA version that its driver supports, such as "13.0".
+    `driver` is the newest CUDA version that its driver supports, such as "13.0". `resident_threads` can run at the same
+    time.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Device:
     total_memory: int
     free_memory: int
     driver: str
+    resident_threads: int
 
 
 def device(index: int = 0) -> Device:
@@ -55,6 +57,7 @@ def device(index: int = 0) -> Device:
             total_memory=total,
             free_memory=free,
             driver=".".join(map(str, _driver_version())),
+            resident_threads=gpu.properties.multiprocessor_count * gpu.properties.max_threads_per_multiprocessor,
         )
 
 

@@ -2,7 +2,7 @@
 
 import ctypes
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,21 @@ def graphs() -> None:
         found["capturing"] = driver_state()["capturing"]
 
 
-def kernel() -> None:
+def an_error_comes_before_what_close_would_say() -> None:
+    """Run with a driver that fails to unload: the error within the block is the one that is raised."""
     from ttt_video_engine.engines.kernels.launch import LoadedKernel
+    from ttt_video_engine.engines.tensorrt import plugin
 
-    cubin = Cubin(
+    kernels = plugin._Kernels(Path(), "sm_89")
+    cuda.device()
+    for name in ("a", "b"):
+        kernels._loaded[name] = LoadedKernel(small_cubin(), b"\x7fELF and the rest")
+    with closing(kernels):
+        raise KeyError("first")
+
+
+def small_cubin() -> Cubin:
+    return Cubin(
         op="linear",
         gpu="sm_89",
         dtype="float16",
@@ -82,6 +93,12 @@ def kernel() -> None:
         source_sha256="",
         triton="",
     )
+
+
+def kernel() -> None:
+    from ttt_video_engine.engines.kernels.launch import LoadedKernel
+
+    cubin = small_cubin()
     stream = cuda.Stream()
     buffer = cuda.DeviceBuffer(64, stream)
     loaded = LoadedKernel(cubin, b"\x7fELF and the rest")
@@ -99,7 +116,7 @@ def kernel() -> None:
 def main() -> None:
     found["device"] = message(cuda.device, 1)
     gpu = cuda.device()
-    found["gpu"] = [gpu.name, gpu.gpu, gpu.driver, gpu.free_memory]
+    found["gpu"] = [gpu.name, gpu.gpu, gpu.driver, gpu.free_memory, gpu.resident_threads]
     copies(np.arange(12, dtype=np.float16).reshape(3, 4))
     found["too much"] = message(cuda.DeviceBuffer, gpu.total_memory + 1, cuda.Stream())
     graphs()

@@ -22,8 +22,13 @@ int cuDeviceGet(int *device, int index) { return *device = index, 0; }
 int cuDeviceGetName(char *name, int size, int device) { return snprintf(name, size, "Fake GPU"), 0; }
 int cuDeviceGetUuid_v2(char *uuid, int device) { return memset(uuid, 1, 16), 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 1; /* compute capability 8.9 */
-    return 0;
+    switch (attribute) {
+    case 75: return *value = 8, 0; /* compute capability 8.9 */
+    case 76: return *value = 9, 0;
+    case 16: return *value = 128, 0; /* multiprocessors */
+    case 39: return *value = 1536, 0; /* threads of each */
+    }
+    return *value = 1, 0;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &used, 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
@@ -90,7 +95,7 @@ int cuGraphDestroy(void *graph) { return 0; }
 int cuLibraryLoadData(void **library, const void *code, void *a, void *b, unsigned c, void *d, void *e, unsigned f) {
     return *library = &launched, memcmp(code, "\177ELF", 4) ? 200 : 0;
 }
-int cuLibraryUnload(void *library) { return 0; }
+int cuLibraryUnload(void *library) { return setting("FAKE_UNLOAD", 0); }
 int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
     return *kernel = &launched, strcmp(name, "ttt_linear") && strcmp(name, "ttt_mlp") ? 500 : 0;
 }

@@ -25,7 +25,7 @@ def found(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 def test_the_gpu_is_found(found: dict[str, Any]) -> None:
-    assert found["gpu"] == ["Fake GPU", "sm_89", "13.0", 1 << 30]
+    assert found["gpu"] == ["Fake GPU", "sm_89", "13.0", 1 << 30, 128 * 1536]
     assert "GPU 1" in found["device"] and "--engine onnxruntime" in found["device"]
 
 
@@ -57,3 +57,11 @@ def test_a_driver_that_cannot_be_used(driver: Path, tmp_path: Path, settings: di
     done = run_with(driver, tmp_path, ["-c", "from ttt_video_engine.engines import cuda; cuda.device()"], **settings)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "BackendError: " in last and named in last
+
+
+def test_a_kernel_that_does_not_unload_hides_no_error(driver: Path, tmp_path: Path) -> None:
+    """After a failed launch every call of the driver fails as well."""
+    call = "cuda_calls.an_error_comes_before_what_close_would_say()"
+    code = f"import sys; sys.path.append({str(HERE)!r}); import cuda_calls; {call}"
+    done = run_with(driver, tmp_path, ["-c", code], FAKE_UNLOAD="719")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'first'", done.stderr

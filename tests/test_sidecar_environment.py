@@ -57,7 +57,9 @@ def test_the_provider_is_the_one_that_ran(shared_bundle: Path, monkeypatch: pyte
 
 
 def test_tensorrt_names_gpu_and_package(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = cuda.Device(index=0, name="NVIDIA L4", gpu="sm_89", total_memory=1, free_memory=1, driver="13.0")
+    gpu = cuda.Device(
+        index=0, name="NVIDIA L4", gpu="sm_89", total_memory=1, free_memory=1, driver="13.0", resident_threads=1
+    )
     package = TensorRT("tensorrt_rtx", None, "1.7.1", None)
     monkeypatch.setattr(cuda, "device", lambda: gpu)
     monkeypatch.setattr("ttt_video_engine.engines.tensorrt.runner.usable_engine", lambda *_: (None, package))

@@ -1,6 +1,8 @@
-"""Builds a TensorRT engine for some layers of the 5B transformer, at full width and with the tokens of a 3 s video.
+"""Builds TensorRT engines for some layers of the 5B transformer, at full width. Needs no GPU.
 
-Needs no GPU. Prints the time and the peak memory of every step: writing the weights, tracing, and TensorRT's build.
+Prints the time and the peak memory of every step: writing the weights, tracing, and TensorRT's build. With --memory it
+builds one layer for each of several lengths, and two layers for the longest, with the options that `export` takes by
+default, and prints the activations that TensorRT states for each batch beside those that `ttt-video plan` estimates.
 """
 
 import argparse
@@ -8,6 +10,7 @@ import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -16,34 +19,74 @@ from measure import peak_memory, print_row, private_memory, reset_peak, table
 from msgspec.structs import replace
 
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
-from ttt_video_engine.engines.tensorrt.engine import BuildSettings, Profile, ShapeRange
+from ttt_video_engine.engines.tensorrt.engine import BuildSettings, EngineEntry
 from ttt_video_engine.export.build import WEIGHTS_FILE
+from ttt_video_engine.export.engines import TRANSFORMER_BATCHES, profiles, workspace
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import transformer_graph
-from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
+from ttt_video_engine.planning.memory import gpu_activations
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
 
-LENGTH = "3s"
+LENGTHS = ("3s", "9s", "18s", "30s", "63s")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some layers of the transformer, for one length and GPU."""
+
+    ttt: TTTKind
+    length: str
+    num_layers: int
+    gpu: str
+    dtype: DType
+    plugins: bool
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", default="sm_120")
     parser.add_argument("--ttt", choices=["linear", "mlp"], default="linear")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--length", choices=LENGTHS, action="append", help="default: 3s; with --memory all")
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--no-plugin", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="activations by length, instead of steps")
     options = parser.parse_args()
+    common = {"ttt": options.ttt, "gpu": options.gpu, "dtype": options.dtype, "plugins": not options.no_plugin}
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), options.ttt, options.num_layers, options.gpu, not options.no_plugin, rows)
-    print(table(["step", "seconds", "peak GiB", "without mapped files", "result"], rows))
+    if options.memory:
+        lengths = options.length or LENGTHS
+        slices = [Slice(length=length, num_layers=1, **common) for length in lengths]
+        slices.append(Slice(length=lengths[-1], num_layers=2, **common))
+    else:
+        slices = [Slice(length=length, num_layers=options.num_layers, **common) for length in options.length or ["3s"]]
+    for part in slices:
+        with tempfile.TemporaryDirectory() as folder:
+            steps, entry = build(Path(folder), part)
+        rows += memory_rows(part, entry) if options.memory else steps
+    memory = ["layers", "length", "batch", "TensorRT, bytes", "plan, bytes", "difference"]
+    print(table(memory if options.memory else ["step", "seconds", "peak GiB", "without mapped files", "result"], rows))
 
 
-def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, rows: list[list[str]]) -> None:
-    model = preset("5B", ttt)
-    model = replace(model, transformer=replace(model.transformer, num_layers=num_layers))
+def memory_rows(part: Slice, entry: EngineEntry) -> list[list[str]]:
+    """One row per batch."""
+    rows = []
+    for batch, found in zip(TRANSFORMER_BATCHES, entry.activations, strict=True):
+        planned = gpu_activations(preset("5B", part.ttt), part.length, part.dtype, batch)["transformer"]
+        sizes = [f"{found:,}", f"{planned:,}", f"{planned / found - 1:+.1%}"]
+        rows.append(print_row([f"{part.ttt} {part.num_layers}", part.length, str(batch), *sizes]))
+    return rows
+
+
+def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
+    """Rows of the steps, and what was built."""
+    rows: list[list[str]] = []
+    whole = preset("5B", part.ttt)
+    model = replace(whole, transformer=replace(whole.transformer, num_layers=part.num_layers))
 
     @contextmanager
     def measured(name: str, result: list[str]) -> Iterator[None]:
@@ -56,11 +99,11 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         rows.append(print_row([name, f"{perf_counter() - start:.1f}", *peaks, *result]))
 
     result: list[str] = []
-    with measured(f"{num_layers} layers, random bfloat16 weights", result):
-        torch.set_default_dtype(torch.bfloat16)
+    with measured(f"{part.num_layers} layers, random {part.dtype} weights", result):
+        torch.set_default_dtype(TORCH_DTYPES[part.dtype])
         transformer = DiffusionTransformer(model.transformer).eval()
         torch.set_default_dtype(torch.float32)
-        graph = transformer_graph(transformer, model, LENGTH)
+        graph = transformer_graph(transformer, model, part.length)
         weights = write_module(graph.module, folder / WEIGHTS_FILE)
         result.append(f"{weights.path.stat().st_size:,} bytes")
 
@@ -72,30 +115,28 @@ def build(folder: Path, ttt: TTTKind, num_layers: int, gpu: str, plugins: bool, 
         name, weight_bytes = graph.name, weights.path.stat().st_size
         del transformer, graph
     inputs, outputs = onnx_graph.read_signature(path)
-    shapes: Profile = {}
-    for spec in inputs:
-        low, high = (tuple(n if isinstance(axis, str) else axis for axis in spec.shape) for n in (1, 2))
-        shapes[spec.name] = ShapeRange(min=low, opt=high, max=high)
 
     config = model.transformer
     request = BuildRequest(
         graph=name,
         onnx=path,
-        gpu=gpu,
-        dtype="bfloat16",
+        gpu=part.gpu,
+        dtype=part.dtype,
         inputs=inputs,
         outputs=outputs,
-        profiles=(shapes,),
-        settings=BuildSettings(plugins=plugins),
+        profiles=profiles(model, [part.length], inputs, name),
+        settings=BuildSettings(plugins=part.plugins),
         kernels=folder / "kernels",
-        scans=Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * num_layers),
+        scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count=2 * part.num_layers),
         weights=weight_bytes,
+        workspace=workspace(model, [part.length], part.dtype, name),
     )
     result = []
-    with measured(f"TensorRT build for {gpu}", result):
+    with measured(f"TensorRT build for {part.gpu}", result):
         engine = build_engine(request, folder, lambda phase, done, total: None)
         layers = f"{len(engine.entry.plugins)} plugin layers" if engine.entry.plugins else engine.entry.fallback
         result.append(f"{engine.entry.size:,} bytes, {layers}")
+    return rows, engine.entry
 
 
 if __name__ == "__main__":

@@ -86,7 +86,10 @@ def export(
         ),
     ] = False,
     optimization_level: Annotated[int, typer.Option(help="TensorRT's, 0 to 5.", min=0, max=5)] = 3,
-    workspace: Annotated[int | None, typer.Option(help="Scratch memory of TensorRT in MiB.", min=1)] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(help="Limit of an engine's scratch memory in MiB.", min=1, show_default="by the model"),
+    ] = None,
     weight_streaming: Annotated[
         bool, typer.Option("--weight-streaming", help="Weights may stay in host memory, see sample --gpu-memory.")
     ] = False,

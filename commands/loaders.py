@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
-from ttt_video_engine.engines.tensorrt.checks import parse_memory
+from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import ConfigError

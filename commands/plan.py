@@ -8,9 +8,11 @@ import msgspec
 import typer
 
 from ttt_video_engine.commands.options import Debug, Json
-from ttt_video_engine.engines.tensorrt.checks import parse_memory
+from ttt_video_engine.engines.tensorrt.engine import list_engines
+from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.export.sources.cogvideox_sizes import with_stored_sizes
 from ttt_video_engine.planning.fit import MemorySettings, PlanInput, available_ram, disk_bytes, fit
+from ttt_video_engine.planning.measured import measured_activations
 from ttt_video_engine.planning.report import commands, report, source_options, verdict
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import MAX_SCENES, TTTChoice, length_name
@@ -93,7 +95,9 @@ def plan(
     gpu_limit = None if gpu_memory is None else parse_memory(gpu_memory)
     limit = ram if engine == "onnxruntime" else gpu_limit
     disk = None if opened is None else disk_bytes(opened)
-    found = fit(PlanInput(model.stating([settings.length]), settings, engine, num_steps, disk), limit, ram)
+    measured = {} if opened is None else measured_activations(list_engines(opened.root))
+    request = PlanInput(model.stating([settings.length]), settings, engine, num_steps, disk, measured)
+    found = fit(request, limit, ram)
     typed = commands(found, source_options(model, checkpoint, config), opened, gpu_memory)
     stored = {}
     if checkpoint is not None:

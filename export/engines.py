@@ -23,18 +23,25 @@ from ttt_video_engine.engines.tensorrt.engine import (
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.export.keys import Key, engine_environment, key_changes, package_version
 from ttt_video_engine.export.stage import is_export_file
-from ttt_video_engine.planning.fit import MORE_RAM, available_ram
-from ttt_video_engine.planning.memory import build_memory
+from ttt_video_engine.planning.fit import GRAPHS, MORE_RAM, available_ram
+from ttt_video_engine.planning.memory import build_memory, gpu_activations
 from ttt_video_engine.planning.report import gib
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, FileEntry, Manifest, transformer_graph_name
 from ttt_video_engine.runtime.callbacks import Progress, Report
 from ttt_video_engine.runtime.config import ModelConfig
+from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import link_or_copy
 from ttt_video_engine.runtime.runner import TensorSpec
 
 TRANSFORMER_BATCHES = (1, 2)
-"""Minimum and maximum batch of the transformer: with --low-memory the guidance branches run one after the other."""
+"""Batches of the transformer, each a profile: with --low-memory the guidance branches run one after the other. One
+profile for both would need the memory of two for one."""
+LEAST_WORKSPACE = 4 << 30
+"""Bytes. The estimate is for large models; small ones need more than it in proportion, but never this much."""
+WORKSPACE_FACTOR = 1.5
+"""Factor on the estimate, which is within 5 % where attention and TTT layers run as single kernels, and too low for a
+size that has none. The limit reserves nothing: an engine takes what it needs."""
 
 GraphOnGpu = tuple[str, str]
 """(graph name, GPU architecture) of an engine."""
@@ -152,19 +159,33 @@ def _is_intact(engine: EngineFile) -> bool:
 def profiles(
     model: ModelConfig, lengths: Collection[str], inputs: Iterable[TensorSpec], name: str
 ) -> tuple[Profile, ...]:
-    """One optimization profile with the input shapes that the pipeline uses; none if the graph has no dynamic axes."""
-    text_lengths = [model.text_lengths[length] for length in lengths]
-    ranges = {"batch": TRANSFORMER_BATCHES}
+    """Optimization profiles with the input shapes that the pipeline uses; none if the graph has no dynamic axes."""
+    dynamic = [spec for spec in inputs if any(isinstance(axis, str) for axis in spec.shape)]
+    if not dynamic:
+        return ()
     if name == TEXT_ENCODER:
-        ranges = {"batch": (1, 1), "tokens": (min(text_lengths), max(text_lengths))}
+        text_lengths = [model.text_lengths[length] for length in lengths]
+        return (
+            _profile(dynamic, {"batch": 1, "tokens": min(text_lengths)}, {"batch": 1, "tokens": max(text_lengths)}),
+        )
+    return tuple(_profile(dynamic, {"batch": batch}, {"batch": batch}) for batch in TRANSFORMER_BATCHES)
+
+
+def _profile(specs: Iterable[TensorSpec], low: Mapping[str, int], high: Mapping[str, int]) -> Profile:
+    """A profile from the sizes `low` of the dynamic axes to the sizes `high`, optimised for these."""
     shapes: Profile = {}
-    for spec in inputs:
-        if any(isinstance(axis, str) for axis in spec.shape):
-            low, high = (
-                tuple(ranges[axis][end] if isinstance(axis, str) else axis for axis in spec.shape) for end in (0, 1)
-            )
-            shapes[spec.name] = ShapeRange(min=low, opt=high, max=high)
-    return (shapes,) if shapes else ()
+    for spec in specs:
+        least, most = (tuple(ends[n] if isinstance(n, str) else n for n in spec.shape) for ends in (low, high))
+        shapes[spec.name] = ShapeRange(min=least, opt=most, max=most)
+    return shapes
+
+
+def workspace(model: ModelConfig, lengths: Collection[str], dtype: DType, name: str) -> int:
+    """Bytes of scratch memory that the engine of a graph may need, for any of the lengths that it is for."""
+    (component,) = (component for component in GRAPHS if name.startswith(component))
+    own = [length for length in lengths if transformer_graph_name(length) == name] or lengths
+    estimate = max(gpu_activations(model, length, dtype, max(TRANSFORMER_BATCHES))[component] for length in own)
+    return max(LEAST_WORKSPACE, int(WORKSPACE_FACTOR * estimate))
 
 
 def _request(manifest: Manifest, name: str, gpu: str, settings: BuildSettings, key: Key, stage: Path) -> BuildRequest:
@@ -181,6 +202,7 @@ def _request(manifest: Manifest, name: str, gpu: str, settings: BuildSettings, k
         kernels=stage / KERNELS,
         scans=_scans(manifest, name),
         weights=(stage / graph.weights).stat().st_size,
+        workspace=workspace(manifest.model, manifest.lengths, manifest.dtype, name),
         key=key,
     )
 

@@ -4,16 +4,24 @@ For a GPU, `tensorrt/checks.py` decides, as it does for a real engine, but from 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, weight_budget
 from ttt_video_engine.engines.tensorrt.engine import list_engines
+from ttt_video_engine.engines.tensorrt.memory import MemoryNeeds, weight_budget
 from ttt_video_engine.planning.flops import VideoFlops, video_flops
-from ttt_video_engine.planning.memory import ComponentMemory, build_memory, cpu_memory, gpu_memory, host_memory
+from ttt_video_engine.planning.measured import Activations, EngineOf, activations_of
+from ttt_video_engine.planning.memory import (
+    GPU_WEIGHTS,
+    ComponentMemory,
+    build_memory,
+    cpu_memory,
+    gpu_memory,
+    host_memory,
+)
 from ttt_video_engine.planning.shapes import file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.runtime.bundle import ENGINES, Bundle
 from ttt_video_engine.runtime.config import ModelConfig, num_scenes
@@ -95,13 +103,17 @@ class Fit(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class PlanInput:
-    """A model and how it is to run. `disk` is the bytes of each component in a bundle; None without a bundle."""
+    """A model and how it is to run.
+
+    `disk` is the bytes of each component in a bundle; None without a bundle. `activations` are those of its engines.
+    """
 
     model: ModelConfig
     asked: MemorySettings
     engine: BackendName
     num_steps: int
     disk: dict[str, int] | None = None
+    activations: Activations = field(default_factory=dict)
 
     def weights(self, dtype: DType) -> dict[str, int]:
         """Bytes of the weights of each component."""
@@ -144,8 +156,7 @@ def fit(request: PlanInput, available: int | None, ram_here: int | None) -> Fit:
 def candidate_settings(request: PlanInput) -> Iterator[MemorySettings]:
     """Yields the requested settings, then those that cost time, then precision, then length.
 
-    --low-memory and --weight-streaming cost time. Together they gain nothing: with streaming, the runner reserves the
-    activations of both branches, because it sets the budget before it knows what one branch needs.
+    --low-memory and --weight-streaming cost time: first each alone, then both.
     """
     asked, lengths = request.asked, sorted(request.model.text_lengths, key=lambda name: -num_scenes(name))
     tensorrt = request.engine == "tensorrt"
@@ -159,6 +170,7 @@ def candidate_settings(request: PlanInput) -> Iterator[MemorySettings]:
             yield replace(settings, low_memory=True)
             if tensorrt:
                 yield replace(settings, weight_streaming=True)
+                yield replace(settings, low_memory=True, weight_streaming=True)
 
 
 def disk_bytes(bundle: Bundle) -> dict[str, int]:
@@ -196,8 +208,10 @@ def _cpu_needs(request: PlanInput, settings: MemorySettings) -> dict[str, int]:
 
 
 def _gpu_needs(request: PlanInput, settings: MemorySettings) -> dict[str, ComponentMemory]:
-    weights = request.weights(settings.dtype)
-    return gpu_memory(request.model, settings.length, settings.dtype, weights, low_memory=settings.low_memory)
+    low_memory, weights = settings.low_memory, request.weights(settings.dtype)
+    wanted = EngineOf(settings.dtype, settings.weight_streaming, 1 if low_memory else 2)
+    measured = activations_of(request.activations, settings.length, wanted)
+    return gpu_memory(request.model, settings.length, settings.dtype, weights, low_memory=low_memory, measured=measured)
 
 
 def _fits(name: str, memory: ComponentMemory, settings: MemorySettings, available: int) -> bool:
@@ -205,7 +219,8 @@ def _fits(name: str, memory: ComponentMemory, settings: MemorySettings, availabl
     try:
         streamable = memory.weights if settings.weight_streaming else None
         engine = MemoryNeeds(memory.weights, memory.activations, streamable)
-        weight_budget(name, engine, available - memory.process - memory.io, low_memory=settings.low_memory)
+        room = available - memory.process - memory.io - memory.reserve
+        weight_budget(name, engine, room, low_memory=settings.low_memory)
     except BackendError:
         return False
     return True
@@ -224,7 +239,7 @@ def _components(request: PlanInput, flops: VideoFlops) -> dict[str, ComponentNee
         "transformer": flops.num_steps * flops.transformer_step,
         "vae_decoder": flops.vae_decoder,
     }
-    engines = {name: GRAPHS[name] * size if gpu else 0 for name, size in weights.items()}
+    engines = {name: int(GRAPHS[name] * GPU_WEIGHTS[name] * size) if gpu else 0 for name, size in weights.items()}
     return {
         name: ComponentNeeds(
             parameters=num_parameters(shapes),

@@ -1,13 +1,15 @@
 """Estimates the peak memory, in bytes, that each component needs to render and to build its TensorRT engines.
 
 Only one component is in memory at a time. Estimates for ONNX Runtime on a CPU are compared with measurements by
-`benchmarks/footprint.py`. Estimates for TensorRT on a GPU have not been measured.
+`benchmarks/footprint.py`. TensorRT states the activations of an engine when it builds it, without a GPU: the estimate
+for the transformer is compared with them by `benchmarks/full_width.py`. Nothing was measured on a GPU.
 """
 
 from msgspec import Struct
 
+from ttt_video_engine.engines.tensorrt.memory import GRAPH_RESERVE
 from ttt_video_engine.planning.flops import segment_tokens, vae_convolutions
-from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
 
 FLOAT32 = 4
@@ -25,17 +27,31 @@ CPU_STATES = 8
 
 GPU_CONTEXT = 512 << 20
 """The CUDA context, and the code of TensorRT and of the kernels. Assumed, not measured."""
+RESIDENT_THREADS = 132 * 2048
+"""Threads that run at the same time on an H100 or H200; an RTX 5090 has 170 * 1536. CUDA reserves the stack of a kernel
+for each of them."""
+KERNEL_STACKS: dict[TTTKind, dict[DType, int]] = {
+    "linear": {"float32": 336, "float16": 0, "bfloat16": 0},
+    "mlp": {"float32": 7320, "float16": 3152, "bfloat16": 2400},
+}
+"""Bytes of stack per thread of the TTT kernels, for heads of 64: the most of all architectures, by the tensors' dtype.
+`python benchmarks/cubins.py`."""
 GPU_HOST_PROCESS = 1 << 30
 """RAM of a process that runs TensorRT: its libraries and the CUDA driver. Assumed, not measured."""
 BUILD_PROCESS = 512 << 20
-BUILD_WEIGHTS = 1.8
-"""Factor on the weights: the engine that TensorRT builds, and up to four fifths of the weights once more. The file of
+GPU_WEIGHTS = {"text_encoder": 1.0, "transformer": 1.11, "vae_decoder": 1.0}
+"""Factor on the weights: an engine with two profiles holds some in the layout of each. TensorRT-RTX 1.7:
+an engine of six layers of 5B has 1.11 times their size. `python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
+BUILD_WEIGHTS = 2.0
+"""Factor on the weights: the engine that TensorRT builds, and up to nine tenths of the weights once more. The file of
 the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
-`python benchmarks/full_width.py --num-layers 12`."""
-GPU_STREAMS = 12
-"""Live tensors [B, L, D] in the second TTT pass of a layer: the residual, the output of attention, the sum with the
-first pass, its reversal, q, k and v before and after they are prepared for the scan, the output of the scan, and one in
-reserve. The hidden layer of the MLP, before and after GELU, has ten."""
+`python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
+GPU_STREAMS = 15
+"""Live tensors [B, L, D] in a TTT pass of a layer, in the engine's precision: q, k and v packed; float32 copies of q
+and k for their norms, two each; four in the order of the scan; the residual, the output of attention, and two more.
+Fitted to TensorRT-RTX 1.7: `python benchmarks/full_width.py`."""
+GPU_HEAD_BYTES = 17.6
+"""Bytes per token and head besides: learning rates in float32 and their copies. Fitted likewise."""
 GPU_STREAMS_WITHOUT_TTT = 10
 """Those of the MLP's hidden layer."""
 GPU_VAE_TENSORS = 5
@@ -43,16 +59,22 @@ GPU_VAE_TENSORS = 5
 
 
 class ComponentMemory(Struct, frozen=True):
-    """Peak memory of one component. `io` are its inputs and outputs; `process` is needed without any model."""
+    """Peak memory of one component.
+
+    `io` are its inputs and outputs; `process` is needed without any model. `reserve` is what CUDA sets aside for
+    kernels and for a graph. `measured` says that `activations` are TensorRT's own figure for an engine.
+    """
 
     process: int
     weights: int
     activations: int
     io: int
+    reserve: int = 0
+    measured: bool = False
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.activations + self.io
+        return self.process + self.weights + self.activations + self.io + self.reserve
 
 
 def cpu_memory(
@@ -74,18 +96,41 @@ def cpu_memory(
 
 
 def gpu_memory(
-    model: ModelConfig, length: str, dtype: DType, weights: dict[str, int], *, low_memory: bool
+    model: ModelConfig,
+    length: str,
+    dtype: DType,
+    weights: dict[str, int],
+    *,
+    low_memory: bool,
+    measured: dict[str, int] | None = None,
 ) -> dict[str, ComponentMemory]:
-    """GPU memory of each component in TensorRT, with all `weights` (bytes) on the GPU."""
-    size = model.clip_size(length)
-    batch, item = 1 if low_memory else 2, ITEM_BYTES[dtype]
-    activations = {
+    """GPU memory of each component in TensorRT, with all weights on the GPU. `weights` are bytes of the weight files.
+
+    `measured` are the activations of components that have an engine, in place of an estimate.
+    """
+    batch, found = 1 if low_memory else 2, measured or {}
+    activations = gpu_activations(model, length, dtype, batch) | found
+    io = _io(model, model.clip_size(length), batch, ITEM_BYTES[dtype])
+    reserve = dict.fromkeys(activations, 0)
+    kind = model.transformer.ttt_kind
+    reserve["transformer"] = 0 if kind is None else KERNEL_STACKS[kind][dtype] * RESIDENT_THREADS
+    reserve["transformer"] += 0 if low_memory else GRAPH_RESERVE
+    return {
+        name: ComponentMemory(
+            GPU_CONTEXT, int(GPU_WEIGHTS[name] * weights[name]), live, io[name], reserve[name], name in found
+        )
+        for name, live in activations.items()
+    }
+
+
+def gpu_activations(model: ModelConfig, length: str, dtype: DType, batch: int) -> dict[str, int]:
+    """The estimated scratch memory of each component's engine, in bytes."""
+    size, item = model.clip_size(length), ITEM_BYTES[dtype]
+    return {
         "text_encoder": _text_encoder_activations(model, size, item),
         "transformer": _gpu_transformer_activations(model, size, batch, item),
         "vae_decoder": _gpu_vae_activations(model, size, item),
     }
-    io = _io(model, size, batch, item)
-    return {name: ComponentMemory(GPU_CONTEXT, weights[name], live, io[name]) for name, live in activations.items()}
 
 
 def host_memory(model: ModelConfig, length: str) -> dict[str, int]:
@@ -128,15 +173,15 @@ def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int)
 
 
 def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
-    """GPU_STREAMS tensors, fewer without TTT. TensorRT fuses attention in half precision; in float32, the scores are
-    live twice."""
+    """GPU_STREAMS tensors and the learning rates, fewer without TTT. TensorRT fuses attention in half precision; in float32,
+    the scores are live twice. The state of the TTT layers is in their kernels' registers."""
     config = model.transformer
     tokens = size.num_tokens(config.patch_size)
     segment = segment_tokens(config, size)
     scores = 2 * size.num_scenes * config.num_heads * segment**2 if item == FLOAT32 else 0
-    rates = FLOAT32 * tokens * config.num_heads if config.ttt_kind else 0
+    rates = int(GPU_HEAD_BYTES * tokens * config.num_heads) if config.ttt_kind else 0
     streams = GPU_STREAMS if config.ttt_kind else GPU_STREAMS_WITHOUT_TTT
-    return batch * (item * (streams * tokens * config.model_dim + scores) + rates + FLOAT32 * _ttt_state(model))
+    return batch * (item * (streams * tokens * config.model_dim + scores) + rates)
 
 
 def _ttt_state(model: ModelConfig) -> int:

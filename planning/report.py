@@ -16,8 +16,9 @@ from ttt_video_engine.runtime.presets import COGVIDEOX, PRESETS
 from ttt_video_engine.runtime.settings import Settings
 
 GPU_NOTE = """\
-GPU memory is estimated, not measured. Only one component is in memory at a time.
+GPU memory is estimated, not measured on a GPU. Only one component is in memory at a time.
 Disk is the weights and, with TensorRT, the engines for one GPU architecture."""
+ENGINE_NOTE = "Activations of {}: as TensorRT stated them when it built the bundle's engines."
 CPU_NOTE = """\
 RAM is estimated, within 15% of what was measured for tiny and debug on a CPU. Only one component
 is in memory at a time. ONNX Runtime computes in float32 there: float16 saves disk, not memory."""
@@ -58,6 +59,9 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
             yield _FILL_IN
     yield ""
     yield GPU_NOTE if found.engine == "tensorrt" else CPU_NOTE
+    stated = [name for name, part in found.components.items() if part.gpu is not None and part.gpu.measured]
+    if stated:
+        yield ENGINE_NOTE.format(", ".join(stated))
 
 
 def verdict(found: Fit) -> str:
@@ -156,9 +160,11 @@ def _as_exported(model: ModelConfig, named: ModelConfig | None) -> ModelConfig:
 
 def describe(settings: MemorySettings) -> str:
     """Settings as options of `export` and `sample`."""
-    options = [f"--length {settings.length}", f"--precision {settings.dtype}"]
-    options += ["--low-memory"] * settings.low_memory + ["--weight-streaming"] * settings.weight_streaming
-    return " ".join(options)
+    return " ".join([f"--length {settings.length}", f"--precision {settings.dtype}", *_savings(settings)])
+
+
+def _savings(settings: MemorySettings) -> list[str]:
+    return ["--low-memory"] * settings.low_memory + ["--weight-streaming"] * settings.weight_streaming
 
 
 def gib(size: int) -> str:
@@ -196,7 +202,8 @@ def _candidate_rows(found: Fit) -> Iterator[list[str]]:
     for candidate in found.candidates:
         if candidate.settings.length == found.asked.length or candidate == found.candidates[-1]:
             sizes = [gib(candidate.needed), gib(candidate.ram)] if tensorrt else [gib(candidate.ram)]
-            yield [describe(candidate.settings), *sizes, candidate.component, _answer(candidate)]
+            settings = " ".join([candidate.settings.length, candidate.settings.dtype, *_savings(candidate.settings)])
+            yield [settings, *sizes, candidate.component, _answer(candidate)]
 
 
 def _answer(candidate: Candidate) -> str:

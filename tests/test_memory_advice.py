@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, weight_budget
+from ttt_video_engine.engines.tensorrt.memory import MemoryNeeds, weight_budget
 from ttt_video_engine.planning.fit import available_ram
 from ttt_video_engine.runtime.errors import BackendError
 

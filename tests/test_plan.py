@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from messages import FITS, FITS_NOT, SWAP, UNMEASURED, holds, names, refusal, where
+from test_runner import add_engine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_video_engine.commands.group import load_command
+from ttt_video_engine.engines.tensorrt.engine import ShapeRange
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import transformer_graph
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.planning.flops import text_encoder_flops, transformer_flops, vae_window_flops
+from ttt_video_engine.planning.memory import gpu_activations
 from ttt_video_engine.planning.shapes import file_bytes, num_parameters, weight_shapes
 from ttt_video_engine.reference.text_encoder import TextEncoder
 from ttt_video_engine.reference.transformer import DiffusionTransformer
@@ -192,9 +195,10 @@ def test_a_verdict_and_commands(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings"),
     [
-        ([*MUST_SHOW, "80GB"], {}),
-        ([*MUST_SHOW, "48GB"], {"low_memory": True}),
-        ([*MUST_SHOW, "24GB"], {"length": "18s", "low_memory": True}),
+        ([*MUST_SHOW, "90GB"], {}),
+        ([*MUST_SHOW, "80GB"], {"low_memory": True}),
+        ([*MUST_SHOW, "48GB"], {"low_memory": True, "weight_streaming": True}),
+        ([*MUST_SHOW, "24GB"], {"length": "30s", "low_memory": True, "weight_streaming": True}),
         ([*IN_3S, "--dtype", "bf16", "--gpu-memory", "14.5GiB"], {"weight_streaming": True}),
         ([*IN_3S, "--gpu-memory", "80GB"], {"dtype": "bfloat16"}),
         (["plan", "--preset", "tiny", "--gpu-memory", "4GB", "--width", "160"], {}),
@@ -225,8 +229,8 @@ def test_whether_engines_can_be_built_here(
     monkeypatch.setattr("ttt_video_engine.commands.plan.available_ram", lambda: free)
     _, out, _ = run(*MUST_SHOW, "80GB")
     # The line is wrapped: it goes on up to the next empty one.
-    (block,) = [" ".join(part.split()) for part in out.split("\n\n") if "24.75 GiB" in part]
-    said = block[block.index("24.75 GiB") :]
+    (block,) = [" ".join(part.split()) for part in out.split("\n\n") if "27.44 GiB" in part]
+    said = block[block.index("27.44 GiB") :]
     names(said, "transformer", "RAM", *values)
     assert said.count("GiB") == 1 + len(values) and holds(said, SWAP) == cure
     assert max(map(len, out.splitlines())) <= 100
@@ -247,9 +251,67 @@ def test_without_a_gpus_memory_there_is_no_verdict_on_it(run: Run) -> None:
 
 
 def test_streaming_needs_the_memory_of_the_host(run: Run) -> None:
-    plain, _, streaming = planned(run, *MUST_SHOW, "80GB")["candidates"]
+    plain, _, streaming, _ = planned(run, *MUST_SHOW, "80GB")["candidates"]
     weights = planned(run, *MUST_SHOW, "80GB")["components"]["transformer"]["gpu"]["weights"]
     assert streaming["ram"] - plain["ram"] == plain["needed"] - streaming["needed"] == weights
+
+
+# Bytes that TensorRT-RTX 1.7 states for one layer, which are those of 42, in bfloat16 for sm_120:
+# `python benchmarks/full_width.py --memory`, on 2026-11-26.
+STATED = {
+    ("3s", 1): 1_677_908_992,
+    ("3s", 2): 3_347_625_472,
+    ("9s", 1): 4_785_783_808,
+    ("9s", 2): 9_563_375_104,
+    ("18s", 1): 9_428_328_448,
+    ("18s", 2): 18_848_464_384,
+    ("30s", 1): 15_656_923_136,
+    ("30s", 2): 31_305_653_760,
+    ("63s", 1): 32_660_319_232,
+    ("63s", 2): 65_312_445_952,
+}
+
+
+@pytest.mark.parametrize("ttt", KINDS)
+@pytest.mark.parametrize(("length", "batch"), STATED)
+def test_activations_are_those_that_tensorrt_states(length: str, batch: int, ttt: TTTKind) -> None:
+    estimate = gpu_activations(preset("5B", ttt), length, "bfloat16", batch)["transformer"]
+    assert estimate == pytest.approx(STATED[length, batch], rel=0.05)
+
+
+def test_what_cuda_keeps_is_part_of_the_plan(run: Run) -> None:
+    plain = planned(run, *MUST_SHOW, "80GB")["components"]
+    low = planned(run, *MUST_SHOW, "80GB", "--ttt", "linear")["components"]
+    stacks = 2400 * 132 * 2048
+    assert plain["transformer"]["gpu"]["reserve"] - low["transformer"]["gpu"]["reserve"] == stacks
+    assert low["transformer"]["gpu"]["reserve"] > 0, "a CUDA graph"
+    for part in plain.values():
+        parts = part["gpu"]
+        assert [parts["reserve"] > 0] == [part is plain["transformer"]]
+
+
+def test_engines_of_a_bundle_say_what_they_need(run: Run, bundle: Path) -> None:
+    def settings_and_activations(*options: str) -> tuple[list[int], dict[str, tuple[int, bool]]]:
+        found = planned(run, "plan", "--bundle", bundle, "--length", "3s", "--engine", "tensorrt", *options)
+        parts = {name: part["gpu"] for name, part in found["components"].items()}
+        return [candidate["needed"] for candidate in found["candidates"]], {
+            name: (gpu["activations"], gpu["measured"]) for name, gpu in parts.items()
+        }
+
+    estimated, before = settings_and_activations()
+    profiles = tuple({"latents": ShapeRange(*[(batch, 13, 16, 8, 12)] * 3)} for batch in (1, 2))
+    add_engine(bundle, "1.0", profiles=profiles, activations=(3 << 30, 7 << 30))
+    add_engine(bundle, "1.0", profiles=profiles, activations=(4 << 30, 6 << 30), gpu="sm_120")
+    add_engine(bundle, "1.0", graph="vae_decoder-first", activations=(5 << 30,))  # without the other windows
+    add_engine(bundle, "1.0", graph="text_encoder", activations=())
+    needed, after = settings_and_activations()
+    assert after == {**before, "transformer": (7 << 30, True)} and not any(stated for _, stated in before.values())
+    assert needed[0] - estimated[0] == (7 << 30) - before["transformer"][0]
+    assert (4 << 30) < needed[1] < (5 << 30), "the most of both GPUs, for one branch"
+    assert needed[2] == estimated[2], "no engine streams its weights"
+    add_engine(bundle, "1.0", graph="vae_decoder-next", activations=(8 << 30,))
+    _, after = settings_and_activations()
+    assert after["vae_decoder"] == (8 << 30, True)
 
 
 def test_a_bundle_is_planned_from_its_manifest(run: Run, shared_bundle: Path) -> None:

@@ -16,14 +16,7 @@ from packages import tensorrt_rtx
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
-from ttt_video_engine.engines.tensorrt.checks import (
-    MemoryNeeds,
-    check_engine,
-    choose_profile,
-    parse_memory,
-    usable_engine,
-    weight_budget,
-)
+from ttt_video_engine.engines.tensorrt.checks import check_engine, choose_profile, usable_engine
 from ttt_video_engine.engines.tensorrt.deserialise import deserialise_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
@@ -35,6 +28,7 @@ from ttt_video_engine.engines.tensorrt.engine import (
     engine_name,
     entry_path,
 )
+from ttt_video_engine.engines.tensorrt.memory import MemoryNeeds, parse_memory, weight_budget
 from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import BackendError, ConfigError

@@ -1,5 +1,6 @@
 """Engines built for GPUs that are not here: nothing is mocked, TensorRT-RTX compiles every one of them."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from itertools import product
@@ -43,18 +44,19 @@ from ttt_video_engine.engines.tensorrt.plugin import check_shapes
 from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
-from ttt_video_engine.export.engines import EngineRequest, build_engines, profiles
+from ttt_video_engine.export.engines import EngineRequest, build_engines, profiles, workspace
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import component_graphs, text_encoder_graph, transformer_graph
 from ttt_video_engine.export.graphs.graph import Graph
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
 from ttt_video_engine.export.sources.source import SeededSource
+from ttt_video_engine.planning.memory import gpu_activations
 from ttt_video_engine.runtime.bundle import FileEntry, open_bundle
 from ttt_video_engine.runtime.callbacks import Progress
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
-from ttt_video_engine.runtime.presets import tiny
+from ttt_video_engine.runtime.presets import preset, tiny
 
 Run = Callable[..., tuple[int, str, str]]
 WAYS = ("forward", "backward")
@@ -101,6 +103,8 @@ def built(request: BuildRequest, folder: Path) -> EngineEntry:
     entry = engine.entry
     assert (entry.inputs, entry.outputs, entry.dtype) == (request.inputs, request.outputs, request.dtype)
     assert engine.path.stat().st_size == entry.size > 10_000
+    assert len(entry.activations) == max(1, len(entry.profiles)) and min(entry.activations) > 10_000
+    assert 10_000 < entry.weights < 1.2 * entry.size
     free = {spec.name for spec in request.inputs if any(isinstance(axis, str) for axis in spec.shape)}
     assert {name for profile in entry.profiles for name in profile} == free
     assert phases and all(0 <= done <= total for _, done, total in phases)
@@ -122,8 +126,12 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
         cubin, _ = read_cubin(tmp_path / KERNELS, name)
         assert (cubin.op, cubin.gpu, cubin.dtype) == (ttt, gpu, dtype)
         assert (cubin.mini_batch_size, cubin.head_dim) == (config.mini_batch_size, config.head_dim)
-        latents = entry.profiles[0]["latents"]
-        assert latents == ShapeRange(min=(1, 13, 16, 8, 12), opt=(2, 13, 16, 8, 12), max=(2, 13, 16, 8, 12))
+        shapes = [(batch, 13, 16, 8, 12) for batch in (1, 2)]
+        assert [profile["latents"] for profile in entry.profiles] == [
+            ShapeRange(shape, shape, shape) for shape in shapes
+        ]
+        one, both = entry.activations
+        assert one < both, "half, but for what a model of this size needs at any batch"
 
         entry = built(request(tmp_path, graph, dtype, gpu, scans=scans, plugins=False), tmp_path)
         assert entry.plugins == {} and holds(entry.fallback, "--no-plugin")
@@ -148,6 +156,27 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
     assert entry.plugins == {}
     names(entry.fallback, 48, 16, 32, 64, 128)
     assert not (tmp_path / KERNELS).exists()
+
+
+def test_too_little_workspace_is_said_with_its_size(tmp_path: Path) -> None:
+    model = tiny("linear")
+    encoder = SeededSource(model, seed=0).text_encoder().load().half()
+    graph = text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
+    whole = request(tmp_path, graph, "float16", "sm_89")
+    with refused_with(BackendError, "text_encoder", 1 << 12, "--workspace"):
+        built(dataclasses.replace(whole, settings=BuildSettings(workspace=1 << 12)), tmp_path)
+    with refused_with(BackendError, "text_encoder", 1 << 12, "--workspace"):
+        built(dataclasses.replace(whole, workspace=1 << 12), tmp_path)
+    built(dataclasses.replace(whole, settings=BuildSettings(workspace=1 << 30), workspace=1 << 12), tmp_path)
+
+
+@pytest.mark.parametrize("length", ["3s", "63s", "297s"])
+def test_the_workspace_is_more_than_the_engine_is_estimated_to_need(length: str) -> None:
+    model = preset("5B", "mlp").stating([length])
+    needed = gpu_activations(model, length, "bfloat16", batch=2)
+    for component, graph in (("transformer", f"transformer-{length}"), ("vae_decoder", "vae_decoder-next")):
+        assert workspace(model, [length], "bfloat16", graph) > 1.2 * needed[component]
+    assert workspace(model, ["3s", length], "bfloat16", "transformer-3s") < 8 << 30, "of its own length"
 
 
 def test_more_or_fewer_plugins_than_scans_is_an_error(tmp_path: Path) -> None:
@@ -197,7 +226,7 @@ def test_a_bundle_with_engines(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert (code, err) == (0, "")
     fallback = find_engine(bundle, "transformer-3s", "sm_89").entry.fallback
     assert "transformer-3s.bfloat16.tensorrt_rtx-" in out and fallback and fallback in out
-    assert "latents [1, 13, 16, 8, 12] … [2, 13, 16, 8, 12]" in out and not holds(out, CHANGED)
+    assert "latents [1, 13, 16, 8, 12]" in out and "latents [2, 13, 16, 8, 12]" in out and not holds(out, CHANGED)
     other = built_engines[0]
     stale = msgspec.structs.replace(other.entry, key={**other.entry.key, "package version": "1.0"})
     entry_path(other.path).write_bytes(msgspec.json.encode(stale))

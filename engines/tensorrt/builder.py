@@ -45,6 +45,8 @@ class BuildRequest:
 
     `profiles` have the shapes of the inputs with dynamic axes. The graph must have exactly `inputs` and `outputs`.
     `key` is copied into the engine's JSON, cubins are written into the folder `kernels`. `weights` is in bytes.
+    `workspace` is the most scratch memory that the engine may need, in bytes, where `settings` do not say it; without
+    either, TensorRT takes 64 GiB on a machine without a GPU.
     """
 
     graph: str
@@ -58,6 +60,7 @@ class BuildRequest:
     kernels: Path
     scans: Scans | None = None
     weights: int = 0
+    workspace: int | None = None
     key: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +72,7 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
     """
     package = load_package(package_for(request.gpu))
     start = perf_counter()
+    package.stated.clear()
     cubin, fallback = _kernel(request)
     with nullcontext() if cubin is None else _plugin_block(package, request):
         builder = package.api.Builder(package.logger)
@@ -93,8 +97,9 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
         plugins=plugins,
         fallback=fallback,
         settings=request.settings,
+        activations=_activations(package, request),
         size=path.stat().st_size,
-        weights=request.weights,
+        weights=max(request.weights, package.stated.weights),
         sha256=sha256_of(path),
         seconds=perf_counter() - start,
         key=request.key,
@@ -102,6 +107,12 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
     with atomic_write(entry_path(path)) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
     return EngineFile(path, entry)
+
+
+def _activations(package: TensorRT, request: BuildRequest) -> tuple[int, ...]:
+    """Bytes of scratch memory of each profile, as the build's log gave them; empty where it did not."""
+    found = tuple(package.stated.activations)
+    return found if len(found) == max(1, len(request.profiles)) else ()
 
 
 def _kernel(request: BuildRequest) -> tuple[str | None, str]:
@@ -178,8 +189,9 @@ def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Pr
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(api.ComputeCapability, request.gpu.replace("_", "").upper()), 0)
     config.builder_optimization_level = settings.optimization_level
-    if settings.workspace is not None:
-        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace)
+    workspace = _workspace(request)
+    if workspace is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, workspace)
     if settings.weight_streaming:
         config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
     for shapes in request.profiles:
@@ -191,6 +203,22 @@ def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Pr
     return config
 
 
+def _workspace(request: BuildRequest) -> int | None:
+    return request.workspace if request.settings.workspace is None else request.settings.workspace
+
+
+def _build_error(package: TensorRT, request: BuildRequest) -> BackendError:
+    """What TensorRT says of a failed build; where it wants more workspace, the limit and the option that raises it."""
+    cause, workspace = package.take_errors(), _workspace(request)
+    said = f"{request.graph}: {package.name} cannot build it for {request.gpu} ({cause})"
+    if "workspace" not in cause or workspace is None:
+        return BackendError(said)
+    return BackendError(
+        f"{request.graph}: {package.name} cannot build it for {request.gpu} within {workspace:,} bytes of workspace; "
+        f"export with --workspace above {workspace >> 20}, in MiB ({cause})"
+    )
+
+
 def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, target: Path, request: BuildRequest) -> None:
     """Serialises directly into a file, which needs a third less memory than a buffer in RAM."""
     with _writer(package.api, target) as (writer, failures):
@@ -198,9 +226,7 @@ def _serialise(package: TensorRT, builder: Any, network: Any, config: Any, targe
     if failures:
         raise failures[0]
     if not done:
-        raise BackendError(
-            f"{request.graph}: {package.name} cannot build it for {request.gpu} ({package.take_errors()})"
-        )
+        raise _build_error(package, request)
 
 
 @contextmanager

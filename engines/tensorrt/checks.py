@@ -1,12 +1,11 @@
-"""Checks an engine before it is loaded, without a GPU: its JSON, bundle, package and memory."""
+"""Checks an engine before it is loaded, without a GPU: its JSON, bundle and package."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Profile, Shape, find_engine, list_engines
 from ttt_video_engine.engines.tensorrt.package import TensorRT, load_package
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, ConfigError, export_for_gpu
+from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, export_for_gpu
 
 
 def usable_engine(bundle: Bundle, graph: str, gpu: str) -> tuple[EngineFile, TensorRT]:
@@ -82,52 +81,6 @@ def choose_profile(graph: str, profiles: tuple[Profile, ...], shapes: Mapping[st
         f"{graph}: input {name} is {list(shapes[name])}; the engine was built for {allowed}; "
         f"{EXPORT_AGAIN} with the lengths to render"
     )
-
-
-@dataclass(frozen=True)
-class MemoryNeeds:
-    """GPU memory that an engine needs, in bytes.
-
-    `streamable` is the part of `weights` that may stay in host memory; None for an engine without weight streaming.
-    """
-
-    weights: int
-    activations: int
-    streamable: int | None = None
-
-
-def weight_budget(graph: str, memory: MemoryNeeds, available: int, *, low_memory: bool = False) -> int | None:
-    """Bytes of the streamable weights to keep on the GPU; None where all weights fit.
-
-    Raises BackendError where the engine does not fit in `available` bytes even with weights streamed.
-    """
-    if memory.weights + memory.activations <= available:
-        return None
-    streamable = memory.streamable or 0
-    fixed = memory.weights - streamable
-    budget = available - memory.activations - fixed
-    if streamable and budget >= 0:
-        return min(budget, streamable)
-    cures = [] if memory.streamable is not None else ["export with --weight-streaming"]
-    cures += [] if low_memory else ["use --low-memory"]
-    streamed = " even with weights streamed" if memory.streamable is not None else ""
-    raise BackendError(
-        f"{graph}: needs {fixed + memory.activations:,} bytes of GPU memory{streamed} ({fixed:,} for weights, "
-        f"{memory.activations:,} for activations), {available:,} are available; "
-        f"{', or '.join(cures) or 'use a larger GPU'}"
-    )
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as 20GB, 20GiB or 512MiB. Raises ConfigError for anything else."""
-    units = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
-    for unit, factor in units.items():
-        number = text.removesuffix(unit)
-        if number != text and number.isascii() and number.replace(".", "", 1).isdigit():
-            size = int(float(number) * factor)
-            if size > 0:
-                return size
-    raise ConfigError(f"--gpu-memory is {text!r}: must be a number above 0 and one of {', '.join(units)}, such as 20GB")
 
 
 def _misfits(profile: Profile, shapes: Mapping[str, Shape]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Deserialises an engine file on the GPU."""
+"""Deserialises an engine file on the GPU, and prepares it to run."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from ttt_video_engine.engines.tensorrt.engine import EngineFile
 from ttt_video_engine.engines.tensorrt.package import TensorRT
+from ttt_video_engine.engines.tensorrt.runtime_cache import RuntimeCache
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
 
@@ -31,3 +32,24 @@ def check_tensors(package: TensorRT, engine: Any, engine_file: EngineFile) -> No
     extra = sorted(names - {spec.name for spec in specs})
     if extra:
         raise BackendError(f"{engine_file.path}: has {', '.join(extra)}, which its JSON does not list; {cure}")
+
+
+def create_context(package: TensorRT, engine: Any, engine_file: EngineFile, cache: RuntimeCache) -> Any:
+    """TensorRT's execution context, without scratch memory: the caller allocates what the shapes need.
+
+    `cache` is used where the package compiles kernels. Raises BackendError with TensorRT's reason.
+    """
+    options = package.api.ExecutionContextAllocationStrategy.USER_MANAGED
+    if package.name == "tensorrt_rtx":
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(options)
+        # Compiles kernels for the shapes before the first run: a captured kernel cannot be replaced later.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            package.api.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        cache.attach(config)
+        options = config
+    context = engine.create_execution_context(options)
+    if context is None:
+        raise BackendError(f"{engine_file.path}: {package.name} cannot run it ({package.take_errors()})")
+    return context

@@ -17,7 +17,7 @@ from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, export_f
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.runner import TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER, KERNELS = "engines", "engines/kernels"
 SUFFIX = ".engine"
 
@@ -41,7 +41,7 @@ Profile = dict[str, ShapeRange]
 
 
 class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the builder. `workspace` is in bytes; None means TensorRT's default."""
+    """Options of the builder. `workspace` is in bytes; None means as much as the model is estimated to need."""
 
     optimization_level: int = 3
     workspace: int | None = None
@@ -53,8 +53,9 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """The content of the JSON beside an engine.
 
     `plugins` maps the name of each plugin layer to that of its cubin. `fallback` says why TTT layers run as standard
-    operators; it is empty where none do. `size` and `weights` (the weights that the engine contains) are in bytes,
-    `seconds` is the build time, `key` lists what the engine was built from.
+    operators; it is empty where none do. `activations` is the scratch memory of each profile, of the only one where
+    `profiles` is empty, as TensorRT logged it; empty where it did not. `size`, `weights` (the weights that the engine
+    loads) and `activations` are in bytes, `seconds` is the build time, `key` lists what the engine was built from.
     """
 
     format_version: int = FORMAT_VERSION
@@ -69,6 +70,7 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     plugins: dict[str, str]
     fallback: str = ""
     settings: BuildSettings = field(default_factory=BuildSettings)
+    activations: tuple[int, ...] = ()
     size: int
     weights: int
     sha256: str

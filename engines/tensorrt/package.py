@@ -25,15 +25,41 @@ RTX_GPUS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 TTT layers need there."""
 
 
+class StatedMemory:
+    """Bytes that the builder's log gives: scratch memory in the order of the profiles, and weights of the engine."""
+
+    def __init__(self) -> None:
+        self.activations: list[int] = []
+        self.weights = 0
+
+    def clear(self) -> None:
+        """To be called before a build."""
+        self.activations.clear()
+        self.weights = 0
+
+    def read(self, message: str) -> None:
+        """Takes the size that a message gives, if any."""
+        found = re.match(r"Total (Activation|Weights) Memory: (\d+) bytes", message)
+        if found is not None and found[1] == "Activation":
+            self.activations.append(int(found[2]))
+        elif found is not None:
+            self.weights = max(self.weights, int(found[2]))
+
+
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported package. `api` is its module; `errors` are the messages that `logger` has received."""
+    """An imported package. `api` is its module.
+
+    `errors` are the messages that `logger` has received. `stated` are the sizes in bytes that a build's log gave since
+    it was last cleared.
+    """
 
     name: PackageName
     api: Any
     version: str
     logger: Any
     errors: list[str] = field(default_factory=list)
+    stated: StatedMemory = field(default_factory=StatedMemory)
 
     @property
     def dtypes(self) -> dict[TensorDType, Any]:
@@ -68,7 +94,8 @@ def load_package(name: PackageName) -> TensorRT:
     except (ImportError, OSError) as error:
         raise BackendError(f"{name} does not load ({error}); install it again") from error
     errors: list[str] = []
-    return TensorRT(name, api, api.__version__, _logger(api, errors), errors)
+    stated = StatedMemory()
+    return TensorRT(name, api, api.__version__, _logger(api, errors, stated), errors, stated)
 
 
 @cache
@@ -95,7 +122,7 @@ def _give_library_its_plain_name() -> None:
         ctypes.CDLL(str(folder / library.name))
 
 
-def _logger(api: Any, errors: list[str]) -> Any:
+def _logger(api: Any, errors: list[str], stated: StatedMemory) -> Any:
     class Logger(api.ILogger):  # type: ignore[misc]  # the base has no types
         def __init__(self) -> None:
             api.ILogger.__init__(self)
@@ -103,5 +130,7 @@ def _logger(api: Any, errors: list[str]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (api.ILogger.Severity.INTERNAL_ERROR, api.ILogger.Severity.ERROR):
                 errors.append(message)
+            elif severity == api.ILogger.Severity.INFO:
+                stated.read(message)
 
     return Logger()

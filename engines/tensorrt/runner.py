@@ -3,36 +3,31 @@
 import contextlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.tensorrt.checks import MemoryNeeds, choose_profile, usable_engine, weight_budget
-from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, deserialise_engine
+from ttt_video_engine.engines.tensorrt.checks import choose_profile, usable_engine
+from ttt_video_engine.engines.tensorrt.deserialise import check_tensors, create_context, deserialise_engine
 from ttt_video_engine.engines.tensorrt.engine import KERNELS, EngineFile, Shape
+from ttt_video_engine.engines.tensorrt.memory import (
+    GRAPH_RESERVE,
+    MemoryLimit,
+    MemoryNeeds,
+    kernel_stacks,
+    profile_bytes,
+    weight_budget,
+)
 from ttt_video_engine.engines.tensorrt.package import TensorRT
+from ttt_video_engine.engines.tensorrt.runtime_cache import RuntimeCache
 from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT, Bundle
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 from ttt_video_engine.runtime.runner import HostOrDeviceArray, TensorSpec, check_inputs
 
 REPEATED_PREFIX = "transformer-"
 """Prefix of the graphs that run many times with the same shapes: their runs are captured as CUDA graphs."""
-
-
-@dataclass(frozen=True)
-class MemoryLimit:
-    """GPU memory that an engine may use: `limit` in bytes, None for all free memory."""
-
-    limit: int | None = None
-    low_memory: bool = False
-
-    def available(self, taken: int = 0) -> int:
-        """Bytes that an engine may still allocate after it has allocated `taken` bytes."""
-        free = cuda.free_memory()
-        return free if self.limit is None else min(free, self.limit - taken)
 
 
 class TensorRTLoader:
@@ -66,7 +61,7 @@ class TensorRTLoader:
 
     def __call__(self, graph: str) -> "TensorRTRunner":
         engine, package = self._find(graph)
-        return TensorRTRunner(self._bundle, engine, package, self._memory)
+        return TensorRTRunner(self._bundle, engine, package, self._memory, self._gpu)
 
     def _find(self, graph: str) -> tuple[EngineFile, TensorRT]:
         if graph not in self._engines:
@@ -80,7 +75,9 @@ class TensorRTRunner:
     Caches have no buffers: each is returned as a `DeviceArray`, and read in place as an input.
     """
 
-    def __init__(self, bundle: Bundle, engine_file: EngineFile, package: TensorRT, memory: MemoryLimit) -> None:
+    def __init__(
+        self, bundle: Bundle, engine_file: EngineFile, package: TensorRT, memory: MemoryLimit, gpu: cuda.Device
+    ) -> None:
         self._name, self._entry = engine_file.entry.graph, engine_file.entry
         self._package, self._memory = package, memory
         self._use_graph = self._name.startswith(REPEATED_PREFIX) and not memory.low_memory
@@ -92,6 +89,11 @@ class TensorRTRunner:
         self._engine: Any = None
         self._context: Any = None
         self._weights = 0
+        # What CUDA allocates at the first run, which is not free although it is not taken before.
+        self._reserve = kernel_stacks(bundle, engine_file, gpu.resident_threads)
+        self._reserve += GRAPH_RESERVE if self._use_graph else 0
+        self._has_run = False
+        self._cache = RuntimeCache(engine_file, package, gpu)
         with ExitStack() as stack:
             if engine_file.entry.plugins:
                 from ttt_video_engine.engines.tensorrt.plugin import registered_plugins  # needs the kernels' packages
@@ -111,7 +113,8 @@ class TensorRTRunner:
             raise BackendError(f"{self._name}: has been freed; load it again")
         check_inputs(self._name, self._entry.inputs, inputs)
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        if shapes != self._shapes:
+        new = shapes != self._shapes
+        if new:
             self._prepare(shapes)
         sources = [self._feed(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
         outputs = {spec.name: self._allocate_output(spec) for spec in self._entry.outputs}
@@ -120,6 +123,9 @@ class TensorRTRunner:
             if isinstance(array, np.ndarray):
                 self._buffers[name].copy_to(array, self._stream)
         self._stream.synchronize(self._name)
+        self._has_run = True
+        if new:
+            self._cache.save()
         del sources  # the queued copies read from them until here
         return outputs
 
@@ -134,11 +140,12 @@ class TensorRTRunner:
             opened.close()
 
     def _load(self, engine_file: EngineFile) -> None:
-        available = self._memory.available()
+        available = self._available(0)
         self._weights = self._entry.weights
         streaming = self._entry.settings.weight_streaming
         if not streaming:
-            self._budget(MemoryNeeds(self._weights, 0), available)
+            activations = profile_bytes(self._entry.activations, low_memory=self._memory.low_memory)
+            self._budget(MemoryNeeds(self._weights, activations), available)
         self._runtime = self._package.api.Runtime(self._package.logger)
         self._engine = deserialise_engine(self._package, self._runtime, engine_file)
         check_tensors(self._package, self._engine, engine_file)
@@ -146,32 +153,24 @@ class TensorRTRunner:
             # Before the context, which fixes the budget. With 0, the sizes below are those of a streaming engine.
             self._engine.weight_streaming_budget_v2 = 0
             streamable = int(self._engine.streamable_weights_size)
-            activations = int(self._engine.device_memory_size_v2)
+            numbers = range(self._engine.num_optimization_profiles)
+            sizes = map(self._engine.get_device_memory_size_for_profile_v2, numbers)
+            activations = profile_bytes([int(size) for size in sizes], low_memory=self._memory.low_memory)
             weights = max(self._weights, streamable)
             budget = self._budget(MemoryNeeds(weights, activations, streamable), available)
             kept = streamable if budget is None else budget
             self._engine.weight_streaming_budget_v2 = kept
             self._weights = weights - (streamable - kept)
-        self._context = self._engine.create_execution_context(self._context_options())
-        if self._context is None:
-            raise BackendError(
-                f"{engine_file.path}: {self._package.name} cannot run it ({self._package.take_errors()})"
-            )
+        self._context = create_context(self._package, self._engine, engine_file, self._cache)
 
     def _budget(self, memory: MemoryNeeds, available: int) -> int | None:
         return weight_budget(self._name, memory, available, low_memory=self._memory.low_memory)
 
-    def _context_options(self) -> Any:
-        """The runner allocates the scratch memory: as much as the actual shapes need."""
-        api = self._package.api
-        user_managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._package.name != "tensorrt_rtx":
-            return user_managed
-        options = self._engine.create_runtime_config()
-        options.set_execution_context_allocation_strategy(user_managed)
-        # Compiles kernels for the shapes before the first run: a captured kernel cannot be replaced later.
-        options.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
-        return options
+    def _available(self, taken: int) -> int:
+        """Bytes that may still be allocated, of which `taken` are: what CUDA reserves is not among them."""
+        if self._has_run:
+            return self._memory.available(taken + self._reserve)
+        return self._memory.available(taken, pending=self._reserve)
 
     def _prepare(self, shapes: dict[str, Shape]) -> None:
         """Sets the shapes of the context, and drops the CUDA graph of the previous shapes."""
@@ -197,7 +196,7 @@ class TensorRTRunner:
                 self._scratch.close()
                 self._scratch = None
             streamable = 0 if self._entry.settings.weight_streaming else None
-            self._budget(MemoryNeeds(0, size, streamable), self._memory.available(self._weights))
+            self._budget(MemoryNeeds(0, size, streamable), self._available(self._weights))
             self._scratch = cuda.DeviceBuffer(size, self._stream)
         self._context.set_device_memory(self._scratch.pointer, self._scratch.num_bytes)
 
@@ -263,7 +262,7 @@ class TensorRTRunner:
         self._require(self._context.execute_async_v3(self._stream.handle), "the run")
 
     def _set_address(self, name: str, buffer: cuda.DeviceBuffer) -> None:
-        self._require(self._context.set_tensor_set_address(name, buffer.pointer), f"the address of {name}")
+        self._require(self._context.set_tensor_address(name, buffer.pointer), f"the address of {name}")
 
     def _require(self, succeeded: bool, doing: str) -> None:
         if not succeeded:

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 from messages import numbers, refused_with
 from numpy.typing import NDArray
+from real_engines import build_graphs, skip_without_package
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
-from ttt_video_engine.engines.tensorrt.engine import (
-    FOLDER,
-    KERNELS,
-    BuildSettings,
-)
-from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle, open_bundle
 from ttt_video_engine.runtime.errors import BackendError
@@ -26,6 +21,7 @@ from ttt_video_engine.runtime.stages import decode
 Floats = NDArray[np.float32]
 
 GRAPH = "transformer-3s"
+GRAPHS = ("text_encoder", GRAPH, "vae_decoder-first", "vae_decoder-next")
 
 
 @pytest.mark.gpu
@@ -51,41 +47,12 @@ def test_more_memory_than_the_gpu_has() -> None:
 @pytest.fixture
 def on_gpu(bundle: Path) -> Iterator[tuple[Bundle, TensorRTLoader]]:
     """The tiny bundle with an engine of every graph that a video of 3s needs, TTT layers as standard operators."""
-    from ttt_video_engine.engines.tensorrt.builder import BuildRequest, build_engine
-    from ttt_video_engine.engines.tensorrt.package import package_for
-    from ttt_video_engine.export.engines import profiles
-
     gpu = cuda.device().gpu
-    try:
-        load_package(package_for(gpu))
-    except BackendError as error:
-        pytest.skip(str(error))
+    skip_without_package(gpu)
     opened = open_bundle(bundle)
-    manifest = opened.manifest
-    (bundle / FOLDER).mkdir(exist_ok=True)
-    for name in ("text_encoder", GRAPH, "vae_decoder-first", "vae_decoder-next"):
-        graph = manifest.graphs[name]
-        key = {
-            "graph": manifest.files[graph.file].sha256,
-            "weights": manifest.files[graph.weights].sha256,
-            "precision": manifest.dtype,
-        }
-        request = BuildRequest(
-            graph=name,
-            onnx=bundle / graph.file,
-            gpu=gpu,
-            dtype=manifest.dtype,
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            profiles=profiles(manifest.model, manifest.lengths, graph.inputs, name),
-            settings=BuildSettings(plugins=False),
-            kernels=bundle / KERNELS,
-            weights=manifest.files[graph.weights].size,
-            key=key,
-        )
-        build_engine(request, bundle / FOLDER, lambda phase, done, total: None)
+    build_graphs(opened, GRAPHS, gpu, plugins=False)
     loader = TensorRTLoader(opened)
-    loader.check(["text_encoder", GRAPH, "vae_decoder-first", "vae_decoder-next"])
+    loader.check(GRAPHS)
     yield opened, loader
 
 

@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from polygraphy.comparator import RunResults
+from real_engines import skip_without_package
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, OnnxRuntimeRunner
@@ -128,6 +129,7 @@ def test_an_engine_for_this_gpu_is_compared_as_well(
 @pytest.mark.gpu
 def test_engines_agree(bundle: Path, tmp_path: Path) -> None:
     gpu = cuda.device().gpu
+    skip_without_package(gpu)
     opened = export_bundle(
         SeededSource(tiny("linear"), 0),
         bundle,

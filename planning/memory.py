@@ -173,8 +173,8 @@ def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int)
 
 
 def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
-    """GPU_STREAMS tensors and the learning rates, fewer without TTT. TensorRT fuses attention in half precision; in float32,
-    the scores are live twice. The state of the TTT layers is in their kernels' registers."""
+    """GPU_STREAMS tensors and the learning rates, fewer without TTT. TensorRT fuses attention in half precision; in
+    float32, the scores are live twice. The state of the TTT layers is in their kernels' registers."""
     config = model.transformer
     tokens = size.num_tokens(config.patch_size)
     segment = segment_tokens(config, size)

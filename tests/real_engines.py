@@ -39,7 +39,8 @@ def build_graphs(bundle: Bundle, graphs: Iterable[str], gpu: str, *, plugins: bo
     (bundle.root / FOLDER).mkdir(exist_ok=True)
     for name in graphs:
         graph = manifest.graphs[name]
-        scans = Scans(config.ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
+        assert config.ttt_kind is not None
+        scans = Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
         request = BuildRequest(
             graph=name,
             onnx=bundle.root / graph.file,

@@ -13,5 +13,9 @@ def rate_share(step: int, num_steps: int, first: int = 0) -> float:
     `first` is the step at which the optimiser began without a memory; the warm-up starts there.
     """
     progress = min(max(step - _WARM_UP, 0) / max(num_steps - _WARM_UP, 1), 1.0)
-    warm = min((step - first + 1) / _WARM_UP, 1.0)
-    return warm * (_LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2)
+    return warm_up(step, first) * (_LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def warm_up(step: int, first: int) -> float:
+    """What share of its learning rate step number `step` takes after the optimiser began at step `first`."""
+    return min((step - first + 1) / _WARM_UP, 1.0)

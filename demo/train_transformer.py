@@ -21,7 +21,7 @@ from demo.loop import train
 from demo.model import new_model
 from demo.noise import add_noise, alpha_table, draw_timesteps
 from demo.optimise import Optimiser
-from demo.rates import rate_share
+from demo.rates import warm_up
 from ttt_video_engine.runtime.config import ModelConfig
 
 SEED = 0
@@ -31,13 +31,15 @@ SEED = 0
 class Stage:
     """Steps up to `until`. They take turns with `batches`, each (scenes of a clip, clips). `text_rate` is the share of
     its learning rate that the text encoder takes: T5 does not scale its attention, and so is easily taught too fast.
-    `high_share` of the timesteps are drawn from `high` on, the others from all."""
+    `high_share` of the timesteps are drawn from `high` on, the others from all. `rates` are the shares of the learning
+    rates at the beginning of the stage and at its end."""
 
     until: int
     batches: tuple[tuple[int, int], ...]
     text_rate: float = 0.3
     high: int = 700
     high_share: float = 0.75
+    rates: tuple[float, float] = (1.0, 1.0)
 
 
 STAGES = (
@@ -46,7 +48,9 @@ STAGES = (
     Stage(1600, ((1, 4),), high=650, high_share=0.5),
     Stage(2181, ((3, 3),), high=650, high_share=0.5),
     Stage(3038, ((1, 8), (3, 3)), high=650, high_share=0.5),  # places and colours right; where the figure goes, not yet
-    Stage(16000, ((1, 8), (3, 3))),  # one scene: what words mean; three: what earlier scenes named
+    Stage(7250, ((1, 8), (3, 3))),  # one scene: what words mean; three: what earlier scenes named
+    Stage(8800, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),  # for the published weights
+    Stage(16000, ((1, 8), (3, 3))),
     Stage(22000, ((6, 2), (3, 3))),
     Stage(24000, ((21, 1), (3, 3))),
     Stage(40000, ((1, 8), (3, 3), (6, 2))),
@@ -85,7 +89,7 @@ class Training:
     def advance(self) -> Log:
         """One step: a batch, its noise, the loss, the weights."""
         step = self.num_done
-        stage = next(stage for stage in self.stages if step < stage.until)
+        begin, stage = self._stage(step)
         num_scenes, size = stage.batches[step % len(stage.batches)]
         batch = make_batch(self.seed, step, size, num_scenes)
         generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + step)
@@ -95,10 +99,21 @@ class Training:
             predicted = self.model(noised, batch.ids, timesteps)
         losses = (predicted.float() - velocity).square().flatten(1).mean(1)
         losses.mean().backward()
-        norm = self.optimiser.step(rate_share(step, self.stages[-1].until, self.first), stage.text_rate)
+        before, after = stage.rates
+        share = before + (after - before) * (step - begin) / (stage.until - begin)
+        norm = self.optimiser.step(share * warm_up(step, self.first), stage.text_rate)
         self.average.update(self.model, step)
         self.num_done += 1
         return Log(step, num_scenes, timesteps.tolist(), [round(loss, 4) for loss in losses.tolist()], norm)
+
+    def _stage(self, step: int) -> tuple[int, Stage]:
+        """The stage of a step, and the step that it begins with."""
+        begin = 0
+        for stage in self.stages:
+            if step < stage.until:
+                return begin, stage
+            begin = stage.until
+        raise ValueError(f"step {step} is beyond the last stage")
 
     def save(self, path: Path) -> None:
         """Replaces the checkpoint at `path` as a whole."""

@@ -271,6 +271,7 @@ def test_a_command_with_a_failing_video(run: Run, shared_bundle: Path, tmp_path:
     """From the command line: the others are made, a table says so, and the code is 1; the same command again: 0."""
     opened = open_bundle(shared_bundle)
     loaders = iter([StandInLoader(opened, spoil("transformer", 1, np.nan)), StandInLoader(opened)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
     monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", lambda *_, **__: next(loaders))
     many = storyboard_file(tmp_path / "many.jsonl", [{"text": "A"}], [{"text": "B"}])
     one = storyboard_file(tmp_path / "one.json", [{"text": "C"}])

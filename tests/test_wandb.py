@@ -35,6 +35,7 @@ def sample(run: Run, shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def loader(bundle: Bundle, *_: object, **__: object) -> StandInLoader:
         return StandInLoader(bundle)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
     monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", loader)
 
     def run_sample(*options: object, videos: tuple[str, ...] = ("bear",)) -> tuple[int, str, str]:

@@ -12,6 +12,7 @@ from ttt_video_engine.export.engines import stale_engines
 from ttt_video_engine.export.keys import stale_graphs
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import ttt_label
+from ttt_video_engine.runtime.quantization import precision
 
 
 def inspect(
@@ -33,7 +34,8 @@ def inspect(
         typer.echo(msgspec.json.encode(content).decode())
         return
     model = manifest.model
-    typer.echo(f"{bundle}: {model.name}, {ttt_label(model.transformer.ttt)}, {manifest.dtype}, opset {manifest.opset}")
+    stored = precision(manifest.dtype, manifest.quantize)
+    typer.echo(f"{bundle}: {model.name}, {ttt_label(model.transformer.ttt)}, {stored}, opset {manifest.opset}")
     typer.echo(f"video: {model.width}x{model.height}, lengths {', '.join(manifest.lengths)}")
     for name, graph in manifest.graphs.items():
         worst = max(check.max_error for check in graph.parity)

@@ -19,6 +19,7 @@ from ttt_video_engine.runtime.config import MAX_SCENES, TTTChoice, length_name
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.settings import BackendName
 
 
@@ -45,6 +46,10 @@ def plan(
         Precision | None,
         typer.Option("--dtype", "--precision", help="Precision of weights and activations.", show_default="float32"),
     ] = None,
+    quantize: Annotated[
+        Quantization | None,
+        typer.Option(help="int8 for the matrices of the transformer's layers, as for export.", show_default="none"),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     num_steps: Annotated[int, typer.Option(help="Denoising steps.", min=1, max=1000)] = 50,
@@ -60,7 +65,7 @@ def plan(
 ) -> None:
     """Say what a model needs before it is built, whether it fits, and with which settings."""
 
-    exported = (preset, config, checkpoint, ttt, dtype, width, height)
+    exported = (preset, config, checkpoint, ttt, dtype, quantize, width, height)
     if bundle is not None and any(option is not None for option in exported):
         raise ConfigError(
             "--bundle says what was exported: give --length, --scenes, --num-steps, --engine, --gpu-memory only"
@@ -86,10 +91,12 @@ def plan(
         )
         for warning in chosen.warnings:
             typer.echo(f"warning: {warning}", err=True)
-        model, settings = chosen.model, MemorySettings(length=chosen.lengths[-1], dtype=chosen.dtype)
+        model = chosen.model
+        settings = MemorySettings(length=chosen.lengths[-1], dtype=chosen.dtype, quantize=quantize or "none")
     else:
-        model = opened.manifest.model
-        settings = MemorySettings(length=length or opened.manifest.lengths[-1], dtype=opened.manifest.dtype)
+        manifest = opened.manifest
+        model, length = manifest.model, length or manifest.lengths[-1]
+        settings = MemorySettings(length=length, dtype=manifest.dtype, quantize=manifest.quantize)
     engine = engine or ("tensorrt" if gpu_memory is not None or settings.dtype == "bfloat16" else "onnxruntime")
     ram = available_ram()
     gpu_limit = None if gpu_memory is None else parse_memory(gpu_memory)

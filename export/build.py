@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msgspec import to_builtins
+from msgspec import UNSET, to_builtins
 from torch import nn
 
 from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
@@ -39,6 +39,7 @@ from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
+from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import Settings, settings_for
 
 WEIGHTS_FILE = "model.onnx_data"
@@ -54,13 +55,15 @@ def _no_progress(phase: str, done: int, total: int) -> None:
 class ExportOptions:
     """Options of an export: TensorRT engines to build, progress, and TTT nodes inlined as standard operators.
 
-    `defaults` are those of rendering that the bundle states; None for those of the model's kind.
+    `defaults` are those of rendering that the bundle states; None for those of the model's kind. `quantize` says how
+    the transformer is quantised.
     """
 
     engines: EngineRequest = field(default_factory=EngineRequest)
     progress: Progress = _no_progress
     inline: bool = False
     defaults: Settings | None = None
+    quantize: Quantization = "none"
 
 
 def export_bundle(
@@ -78,9 +81,11 @@ def export_bundle(
 
     If the export fails or is interrupted, `output` is unchanged, and the finished files stay beside it for the next
     export. Raises CheckFailed if a component exceeds the parity tolerance. Raises OutputError, before any work, if
-    another export of the same bundle is running, or if `output` cannot be replaced or holds anything but a bundle.
+    another export of the same bundle is running, or if `output` cannot be replaced or holds anything but a bundle;
+    ConfigError for a quantisation that does not go with the precision or with engines.
     """
     options = options or ExportOptions()
+    check_quantization(options.quantize, dtype, tensorrt=bool(options.engines.gpus))
     check_gpus(options.engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
@@ -93,7 +98,16 @@ def export_bundle(
         with _opened_stage(output, previous, report) as stage:
             defaults = options.defaults or settings_for(source.model.transformer.ttt)
             build = _Build(
-                source, components, dtype, lengths, stage, report, options.progress, options.inline, defaults
+                source,
+                components,
+                dtype,
+                lengths,
+                stage,
+                report,
+                options.progress,
+                options.inline,
+                defaults,
+                options.quantize,
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -122,6 +136,7 @@ class _Build:
     progress: Progress
     inline: bool
     defaults: Settings
+    quantize: Quantization
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -171,7 +186,7 @@ class _Build:
         """Builds or reuses the weights and the graphs of one component."""
         file, entry = self._weights(name)
         module = with_placeholder_weights(self.components[name].build, TORCH_DTYPES[self.dtype])
-        for graph in component_graphs(module, self.model, self.lengths, inline=self.inline):
+        for graph in component_graphs(module, self.model, self.lengths, inline=self.inline, quantize=self.quantize):
             key = graph_key(
                 self.source.model,
                 weights=entry.sha256,
@@ -179,6 +194,7 @@ class _Build:
                 opset=OPSET,
                 length=graph.length,
                 inline=graph.inline,
+                quantize=graph.quantize,
             )
             reused = self.stage.find_graph(graph.name, key)
             if reused is not None:
@@ -211,6 +227,7 @@ class _Build:
         return Manifest(
             model=self.model,
             dtype=self.dtype,
+            stored_quantize=UNSET if self.quantize == "none" else self.quantize,
             opset=OPSET,
             lengths=tuple(self.lengths),
             graphs=self.graphs,
@@ -246,12 +263,14 @@ class _Build:
     def _layout(self, name: str) -> tuple[WeightFile, LazyStateDict]:
         """The layout of a component's weight file, and the weights."""
         component = self.components[name]
-        weights = graph_weights(component.build, component.weights, self.source.model)
+        weights = graph_weights(component.build, component.weights, self.source.model, self.quantize)
         path = self.stage.root / name / WEIGHTS_FILE
         return lay_out(weights, path, TORCH_DTYPES[self.dtype]), weights
 
     def _weights_key(self, name: str) -> Key:
-        return weights_key(self.source.model, origin=self.components[name].origin, dtype=self.dtype)
+        origin = self.components[name].origin
+        quantize: Quantization = self.quantize if name == "transformer" else "none"
+        return weights_key(self.source.model, origin=origin, dtype=self.dtype, quantize=quantize)
 
     def _build_graph(self, graph: Graph, weights: WeightFile, key: Key) -> GraphEntry:
         """Traces and writes a graph, and checks its parity. Raises CheckFailed if it exceeds the tolerance."""

@@ -71,6 +71,7 @@ WEIGHTS = Artefact(
     entry_points=("export/graphs/components.py", "export/graphs/weights.py", "export/sources/source.py"),
     sources=(
         "export/graphs/components.py",  # names and order of weights
+        "export/graphs/quantize.py",
         "export/graphs/weights.py",
         "export/sources/source.py",
         "reference/attention.py",
@@ -82,6 +83,7 @@ WEIGHTS = Artefact(
         "reference/vae.py",
         "runtime/config.py",
         "runtime/dtypes.py",
+        "runtime/quantization.py",
     ),
     tools=("safetensors", "torch", "transformers"),
     excluded={
@@ -109,6 +111,7 @@ GRAPHS = Artefact(
     sources=(
         "export/graphs/components.py",
         "export/graphs/graph.py",
+        "export/graphs/quantize.py",
         "export/graphs/repeat.py",
         "export/graphs/ttt_op.py",
         "export/graphs/weights.py",  # offsets of the weights
@@ -116,6 +119,7 @@ GRAPHS = Artefact(
         "runtime/bundle.py",  # names and shapes of inputs
         "runtime/config.py",
         "runtime/dtypes.py",
+        "runtime/quantization.py",
         "runtime/ttt_op.py",
     ),
     tools=("onnx", "onnx-ir", "onnxscript", "torch", "transformers"),
@@ -160,6 +164,7 @@ ENGINES = Artefact(
         "runtime/bundle.py": _MANIFEST,
         "runtime/config.py": "sizes; the graph has them",
         "runtime/presets.py": "sizes; the graph has them",
+        "runtime/quantization.py": "quantised bundles have no engines",
     },
 )
 

@@ -12,6 +12,7 @@ import msgspec
 from ttt_video_engine.export.code import ENGINES, GRAPHS, WEIGHTS, Artefact
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import ModelConfig
+from ttt_video_engine.runtime.quantization import Quantization
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors")
 """The packages whose versions a bundle records."""
@@ -27,18 +28,26 @@ def _code_and_tools(artefact: Artefact) -> tuple[tuple[str, str], ...]:
 
 
 def graph_key(
-    model: ModelConfig, *, weights: str, dtype: str, opset: int, length: str = "any", inline: bool = False
+    model: ModelConfig,
+    *,
+    weights: str,
+    dtype: str,
+    opset: int,
+    length: str = "any",
+    inline: bool = False,
+    quantize: Quantization = "none",
 ) -> Key:
     """The key of a graph: everything that could change it. Graphs with equal keys are identical."""
     model_key = {"preset": model.name, "config": _digest(model), "weights": weights, "length": length}
     functions = "inlined" if inline else "kept"
     key = {**model_key, "precision": dtype, "opset": str(opset), "functions": functions}
-    return key | dict(_code_and_tools(GRAPHS))
+    return key | _quantized(quantize) | dict(_code_and_tools(GRAPHS))
 
 
-def weights_key(model: ModelConfig, *, origin: str, dtype: str) -> Key:
+def weights_key(model: ModelConfig, *, origin: str, dtype: str, quantize: Quantization = "none") -> Key:
     """The key of a weight file: everything that could change it. A file with an equal key is reused."""
-    return {"origin": origin, "config": _digest(model), "precision": dtype, **dict(_code_and_tools(WEIGHTS))}
+    key = {"origin": origin, "config": _digest(model), "precision": dtype}
+    return key | _quantized(quantize) | dict(_code_and_tools(WEIGHTS))
 
 
 def engine_environment() -> Key:
@@ -70,6 +79,11 @@ def package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _quantized(quantize: Quantization) -> Key:
+    """Nothing for what is not quantised, whose keys are as they were before there was a choice."""
+    return {} if quantize == "none" else {"quantization": quantize}
 
 
 def _digest(model: ModelConfig) -> str:

@@ -10,6 +10,7 @@ from ttt_video_engine.runtime.config import LengthName, ModelConfig, length_name
 from ttt_video_engine.runtime.dtypes import DTYPES, DType, Precision
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.public_config import scenes_of_frames
+from ttt_video_engine.runtime.quantization import Quantization, precision
 
 
 def explain_bundle_options(
@@ -37,17 +38,21 @@ def explain_bundle_options(
     asked += [f"--num-frames {num_frames} ({length})"] * (length is not None and length not in has.lengths)
     if not asked:
         return length
-    renders = f"{bundle.root} renders {model.width}x{model.height} in {has.dtype}, {' or '.join(has.lengths)}"
+    stored = precision(has.dtype, has.quantize)
+    renders = f"{bundle.root} renders {model.width}x{model.height} in {stored}, {' or '.join(has.lengths)}"
     try:
         made = replace(model, width=width or model.width, height=height or model.height) if other_size else model
         made.stating(lengths)
     except ConfigError as error:
         raise ConfigError(f"{', '.join(asked)}: {renders}; no export makes the other of its model: {error}") from error
-    command = export_command(made, wanted, lengths, "OTHER_BUNDLE" if needs_another else str(bundle.root))
+    output = "OTHER_BUNDLE" if needs_another else str(bundle.root)
+    command = export_command(made, wanted, lengths, output, has.quantize if wanted == has.dtype else "none")
     raise ConfigError(f"{', '.join(asked)}: {renders}; make the other with: {command}")
 
 
-def export_command(model: ModelConfig, dtype: DType, lengths: Sequence[LengthName], output: str) -> str:
+def export_command(
+    model: ModelConfig, dtype: DType, lengths: Sequence[LengthName], output: str, quantize: Quantization
+) -> str:
     """The export that makes a model of these lengths, or adds them to the bundle at `output`; what is yours to fill in
     stands in capitals."""
     command = ["ttt-video", "export", *source_options(model, None)]
@@ -55,4 +60,6 @@ def export_command(model: ModelConfig, dtype: DType, lengths: Sequence[LengthNam
         command += ["--length", length]
     if dtype != "float32":
         command += ["--precision", dtype]
+    if quantize != "none":
+        command += ["--quantize", quantize]
     return " ".join([*command, "--output", output])

@@ -27,6 +27,7 @@ from ttt_video_engine.runtime.bundle import ENGINES, Bundle
 from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
+from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import BackendName
 
 MORE_RAM = "add swap, or export on a machine with more RAM"
@@ -41,6 +42,7 @@ class MemorySettings(Struct, frozen=True, kw_only=True):
 
     length: str
     dtype: DType
+    quantize: Quantization = "none"
     low_memory: bool = False
     weight_streaming: bool = False
 
@@ -115,21 +117,22 @@ class PlanInput:
     disk: dict[str, int] | None = None
     activations: Activations = field(default_factory=dict)
 
-    def weights(self, dtype: DType) -> dict[str, int]:
+    def weights(self, dtype: DType, quantize: Quantization = "none") -> dict[str, int]:
         """Bytes of the weights of each component."""
-        return {name: file_bytes(shapes, dtype) for name, shapes in weight_shapes(self.model).items()}
+        return {name: file_bytes(shapes, dtype, quantize) for name, shapes in weight_shapes(self.model).items()}
 
 
 def fit(request: PlanInput, available: int | None, ram_here: int | None) -> Fit:
     """Tries settings in order of their cost, and chooses the first with which every component fits.
 
     Tries shorter lengths only where the requested one does not fit. Raises ConfigError for bfloat16 in ONNX Runtime,
-    and for a length that the model does not have.
+    for int8 with another precision or in TensorRT, and for a length that the model does not have.
     """
     if request.engine == "onnxruntime" and request.asked.dtype == "bfloat16":
         raise ConfigError(
             "--precision bfloat16: ONNX Runtime does not support it here; use float32, or --engine tensorrt"
         )
+    check_quantization(request.asked.quantize, request.asked.dtype, tensorrt=request.engine == "tensorrt")
     request.model.clip_size(request.asked.length)
     candidates: list[Candidate] = []
     for settings in candidate_settings(request):
@@ -203,7 +206,8 @@ def _candidate(request: PlanInput, settings: MemorySettings, available: int | No
 
 
 def _cpu_needs(request: PlanInput, settings: MemorySettings) -> dict[str, int]:
-    memory = cpu_memory(request.model, settings.length, request.weights("float32"), low_memory=settings.low_memory)
+    weights = request.weights("float32", settings.quantize)
+    memory = cpu_memory(request.model, settings.length, weights, low_memory=settings.low_memory)
     return {name: part.total for name, part in memory.items()}
 
 
@@ -228,7 +232,7 @@ def _fits(name: str, memory: ComponentMemory, settings: MemorySettings, availabl
 
 def _components(request: PlanInput, flops: VideoFlops) -> dict[str, ComponentNeeds]:
     asked, model = request.asked, request.model
-    weights = request.weights(asked.dtype)
+    weights = request.weights(asked.dtype, asked.quantize)
     if request.engine == "tensorrt":
         gpu: dict[str, ComponentMemory] = _gpu_needs(request, asked)
         ram = host_memory(model, asked.length)

@@ -13,6 +13,7 @@ from ttt_video_engine.planning.table import text_table
 from ttt_video_engine.runtime.bundle import Bundle, transformer_graph_name
 from ttt_video_engine.runtime.config import ModelConfig, ttt_label
 from ttt_video_engine.runtime.presets import COGVIDEOX, PRESETS
+from ttt_video_engine.runtime.quantization import precision
 from ttt_video_engine.runtime.settings import Settings
 
 GPU_NOTE = """\
@@ -33,8 +34,8 @@ def report(found: Fit, commands: Sequence[str], checkpoint: Mapping[str, Stored]
     model, asked = found.model, found.asked
     size = model.clip_size(asked.length)
     tokens, frames = size.num_tokens(model.transformer.patch_size), model.num_video_frames(size)
-    kind = ttt_label(model.transformer.ttt)
-    yield f"{model.name}, {kind}, {model.width}x{model.height}, {asked.dtype}, {found.engine}"
+    kind, numbers = ttt_label(model.transformer.ttt), precision(asked.dtype, asked.quantize)
+    yield f"{model.name}, {kind}, {model.width}x{model.height}, {numbers}, {found.engine}"
     scenes = f"{size.num_scenes} scene{'s' if size.num_scenes > 1 else ''}"
     yield f"{asked.length}: {scenes}, {tokens:,} tokens, {frames:,} frames, {found.num_steps} steps"
     yield ""
@@ -106,6 +107,8 @@ def commands(found: Fit, source: Sequence[str], bundle: Bundle | None, gpu_memor
     export = ["ttt-video", "export", *source, "--length", settings.length]
     if settings.dtype != "float32":
         export += ["--precision", settings.dtype]
+    if settings.quantize != "none":
+        export += ["--quantize", settings.quantize]
     if tensorrt:
         export += ["--engine", "tensorrt", "--gpu", "ARCH"]
     if settings.weight_streaming:
@@ -160,7 +163,9 @@ def _as_exported(model: ModelConfig, named: ModelConfig | None) -> ModelConfig:
 
 def describe(settings: MemorySettings) -> str:
     """Settings as options of `export` and `sample`."""
-    return " ".join([f"--length {settings.length}", f"--precision {settings.dtype}", *_savings(settings)])
+    options = [f"--length {settings.length}", f"--precision {settings.dtype}"]
+    options += [f"--quantize {settings.quantize}"] * (settings.quantize != "none")
+    return " ".join([*options, *_savings(settings)])
 
 
 def _savings(settings: MemorySettings) -> list[str]:

@@ -7,6 +7,7 @@ from math import prod
 
 from ttt_video_engine.runtime.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, WEIGHT_ALIGNMENT, DType
+from ttt_video_engine.runtime.quantization import Quantization, is_quantized
 
 Shapes = dict[str, tuple[int, ...]]
 """Name of a weight → its shape, in the order of the module's state dict."""
@@ -34,11 +35,16 @@ def num_parameters(shapes: Shapes) -> int:
     return sum(map(prod, shapes.values()))
 
 
-def file_bytes(shapes: Shapes, dtype: DType) -> int:
-    """Bytes of the data file that an export writes: each weight starts at a multiple of WEIGHT_ALIGNMENT."""
+def file_bytes(shapes: Shapes, dtype: DType, quantize: Quantization = "none") -> int:
+    """Bytes of the data file that an export writes: each tensor starts at a multiple of WEIGHT_ALIGNMENT.
+
+    A quantised weight is two tensors: an int8 for each value, and a float32 for each output channel.
+    """
     end = 0
-    for shape in shapes.values():
-        end += -end % WEIGHT_ALIGNMENT + prod(shape) * ITEM_BYTES[dtype]
+    for name, shape in shapes.items():
+        quantized = quantize == "int8" and is_quantized(name)
+        for size in (prod(shape), 4 * shape[0]) if quantized else (prod(shape) * ITEM_BYTES[dtype],):
+            end += -end % WEIGHT_ALIGNMENT + size
     return end
 
 

@@ -110,7 +110,7 @@ def _graph(bundle: Bundle, length: LengthName) -> tuple[int | None, str | None]:
         return None, f"{length}: cannot be exported either: {error}"
     if length in manifest.lengths:
         return limit, None
-    command = export_command(manifest.model, manifest.dtype, [length], str(bundle.root))
+    command = export_command(manifest.model, manifest.dtype, [length], str(bundle.root), manifest.quantize)
     return limit, f"{length}: the bundle renders {' or '.join(manifest.lengths)}; add it with: {command}"
 
 

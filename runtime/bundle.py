@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import UNSET, Struct, UnsetType, field
 
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BundleError
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.graph_files import check_external_data
+from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.settings import Settings
 from ttt_video_engine.runtime.verified import is_verified, mark_verified
@@ -65,12 +66,13 @@ class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
     key: dict[str, str]
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The content of `bundle.json`."""
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename={"stored_quantize": "quantize"}):
+    """The content of `bundle.json`. `stored_quantize` is not written where nothing is quantised."""
 
     format_version: int = FORMAT_VERSION
     model: ModelConfig
     dtype: DType
+    stored_quantize: Quantization | UnsetType = UNSET
     opset: int
     lengths: tuple[str, ...]
     graphs: dict[str, GraphEntry]
@@ -79,6 +81,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     files: dict[str, FileEntry]
     defaults: Settings = field(default_factory=Settings)
     tools: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def quantize(self) -> Quantization:
+        """How the transformer is quantised."""
+        return "none" if self.stored_quantize is UNSET else self.stored_quantize
 
 
 class _Version(Struct):

@@ -99,7 +99,13 @@ def prepare_jobs(
     settings = with_crf(settings)
     check_folder(output_dir)
     tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
-    made_by = BundleRecord(sha256=bundle.sha256, preset=model.name, ttt=model.transformer.ttt, dtype=manifest.dtype)
+    made_by = BundleRecord(
+        sha256=bundle.sha256,
+        preset=model.name,
+        ttt=model.transformer.ttt,
+        dtype=manifest.dtype,
+        quantize=manifest.stored_quantize,
+    )
     jobs: dict[str, Job] = {}
     for storyboard in storyboards:
         if storyboard.name in jobs:

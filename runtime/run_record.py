@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from ttt_video_engine.runtime.errors import OutputError, brief
 from ttt_video_engine.runtime.files import atomic_write, read_file
@@ -27,12 +27,14 @@ _MAX_BYTES = 2 * MAX_FILE_BYTES
 
 
 class BundleRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """What made the video. `sha256` is that of `bundle.json`, which holds those of all other files."""
+    """What made the video. `sha256` is that of `bundle.json`, which holds those of all other files. `quantize` is not
+    written where the bundle is not quantised."""
 
     sha256: str
     preset: str
     ttt: str
     dtype: str
+    quantize: str | UnsetType = UNSET
 
 
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ttt_video_engine.export.graphs.graph import Graph, Input
+from ttt_video_engine.export.graphs.quantize import quantize_weights
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
 from ttt_video_engine.reference.initialise import on_meta_device
 from ttt_video_engine.reference.text_encoder import TextEncoder
@@ -27,27 +28,37 @@ from ttt_video_engine.runtime.bundle import (
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
+from ttt_video_engine.runtime.quantization import Quantization
 
 
 def component_graphs(
-    module: nn.Module, model: ModelConfig, lengths: Sequence[str], *, inline: bool = False
+    module: nn.Module,
+    model: ModelConfig,
+    lengths: Sequence[str],
+    *,
+    inline: bool = False,
+    quantize: Quantization = "none",
 ) -> list[Graph]:
-    """All graphs of a component; the transformer has one for each of `lengths`. `inline` as in Graph."""
+    """All graphs of a component; the transformer has one for each of `lengths`. `inline` and `quantize` as in Graph."""
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
-        return [replace(transformer_graph(module, model, length), inline=inline) for length in lengths]
+        graphs = (transformer_graph(module, model, length) for length in lengths)
+        return [replace(graph, inline=inline, quantize=quantize) for graph in graphs]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
     raise TypeError(f"{type(module).__name__} is not a component")
 
 
-def graph_weights(build: Callable[[], nn.Module], weights: LazyStateDict, model: ModelConfig) -> LazyStateDict:
+def graph_weights(
+    build: Callable[[], nn.Module], weights: LazyStateDict, model: ModelConfig, quantize: Quantization = "none"
+) -> LazyStateDict:
     """Weights of a component by the names that its graphs have for them: those of a wrapper around its module."""
     module = on_meta_device(build)
-    wrapper = component_graphs(module, model, list(model.text_lengths)[:1])[0].module
-    return {name: weights[name.partition(".")[2]] for name in wrapper.state_dict()}
+    graph = component_graphs(module, model, list(model.text_lengths)[:1], quantize=quantize)[0]
+    named = {name: weights[name.partition(".")[2]] for name in graph.module.state_dict()}
+    return named if graph.quantize == "none" else quantize_weights(named)
 
 
 def text_encoder_graph(encoder: TextEncoder, *, vocab_size: int) -> Graph:

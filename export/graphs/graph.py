@@ -14,12 +14,14 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
+from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.ttt_op import DOMAIN
 
@@ -60,7 +62,7 @@ class Graph:
     Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
     of its TTT nodes, None if it has none. `length` is the clip length of the graph, "any" if all lengths share it.
     `layers` is the attribute that holds the module's list of identical layers, empty if it has none. With `inline`,
-    TTT nodes are written as standard operators.
+    TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are int8 (`quantize.py`).
     """
 
     name: str
@@ -72,6 +74,7 @@ class Graph:
     length: str = "any"
     layers: str = ""
     inline: bool = False
+    quantize: Quantization = "none"
 
     @property
     def component(self) -> str:
@@ -82,13 +85,17 @@ class Graph:
 def trace(graph: Graph) -> ir.Model:
     """Traces a graph to standard operators and TTT nodes. Weights have the names that they have in the module.
 
-    Identical layers are traced once and repeated (`repeat.py`); the weights of the repeated layers have no values.
+    Identical layers are traced once and repeated (`repeat.py`); the weights of the repeated layers have no values. A
+    quantised weight is two tensors, named after it (`quantize.py`).
     Raises RuntimeError if the exporter returns no program.
     """
     with first_layers_only(graph.module, graph.layers) as num_layers:
         model = _export_module(graph)
     if num_layers > TRACED:
         repeat_last_layer(model, f"{graph.layers}.", num_layers)
+        passes.NameFixPass()(model)
+    if graph.quantize == "int8":
+        quantize_products(model)
         passes.NameFixPass()(model)
     _name_scans(model)
     model.metadata_props.clear()

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ttt_video_engine.export.graphs.journal import Journal
+from ttt_video_engine.export.graphs.quantize import quantize_weights
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor, lazy_state
 from ttt_video_engine.runtime.bundle import FileEntry
 from ttt_video_engine.runtime.dtypes import WEIGHT_ALIGNMENT, DType
 from ttt_video_engine.runtime.errors import CheckpointError, OutputError
 from ttt_video_engine.runtime.files import sha256_of
+from ttt_video_engine.runtime.quantization import Quantization
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -65,7 +67,7 @@ class WeightFile:
 def lay_out(weights: LazyStateDict, path: Path, dtype: torch.dtype) -> WeightFile:
     """Assigns every weight an aligned byte range, in the given order. Tied weights share one.
 
-    The layout depends only on names, shapes and `dtype`.
+    The layout depends only on names, shapes and dtypes: `dtype`, and their own for weights that are integers.
     """
     ranges: dict[str, ByteRange] = {}
     end = 0
@@ -73,7 +75,7 @@ def lay_out(weights: LazyStateDict, path: Path, dtype: torch.dtype) -> WeightFil
         first = _first_name(name)
         if first not in ranges:
             offset = end + -end % WEIGHT_ALIGNMENT
-            ranges[first] = offset, torch.Size(stored.shape).numel() * dtype.itemsize
+            ranges[first] = offset, torch.Size(stored.shape).numel() * _stored_dtype(stored, dtype).itemsize
             end = sum(ranges[first])
         ranges[name] = ranges[first]
     return WeightFile(path, {name: ranges[name] for name in weights})
@@ -86,7 +88,7 @@ def write_weights(
     key: Mapping[str, str],
     progress: Callable[[int], None] = lambda written: None,
 ) -> FileEntry:
-    """Writes the weights in `dtype` to their byte ranges, with at most two of them in memory.
+    """Writes the weights in `dtype`, integers in their own, to their byte ranges, with at most two in memory.
 
     A partial file of the same `key` is resumed: a journal beside it records how much of it is on the disk. The complete
     file is read back and verified. `progress` receives the number of bytes written. Raises CheckpointError for a weight
@@ -118,13 +120,19 @@ def write_weights(
     return entry
 
 
-def write_module(module: nn.Module, path: Path) -> WeightFile:
+def write_module(module: nn.Module, path: Path, *, quantize: Quantization = "none") -> WeightFile:
     """Writes the weights of a module in memory, which have one dtype, to `path`. Returns the layout."""
     weights = lazy_state(module.state_dict())
     (dtype,) = {stored.dtype for stored in weights.values()} or {torch.float32}
+    if quantize == "int8":
+        weights = quantize_weights(weights)
     file = lay_out(weights, path, dtype)
     write_weights(weights, file, dtype, {})
     return file
+
+
+def _stored_dtype(stored: LazyTensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if stored.dtype.is_floating_point else stored.dtype
 
 
 def _first_name(name: str) -> str:
@@ -147,7 +155,7 @@ def _in_file_order(weights: LazyStateDict, file: WeightFile) -> Iterator[tuple[s
 def _bytes(name: str, stored: LazyTensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a weight in `dtype`. Raises CheckpointError if it has values that are not finite there."""
     value = stored.read().detach()
-    converted = value.to(dtype).contiguous()
+    converted = value.to(_stored_dtype(stored, dtype)).contiguous()
     if not _is_finite(converted):
         found = f"has values that {dtype} cannot represent" if _is_finite(value) else "has NaN or infinite values"
         raise CheckpointError(f"{name}: {found}; fetch the checkpoint again, or export with another --dtype")

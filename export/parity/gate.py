@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
 from ttt_video_engine.export.graphs.components import component_graphs
 from ttt_video_engine.export.graphs.graph import Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.quantize import stored_names
 from ttt_video_engine.export.graphs.upcast import upcast_bfloat16
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, WeightFile
 from ttt_video_engine.export.parity.real_text import real_prompts
@@ -24,10 +25,13 @@ from ttt_video_engine.runtime.bundle import TEXT_ENCODER, ParityCheck
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import CheckFailed
+from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
 
 TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Largest error over the largest reference value."""
+INT8_TOLERANCE = 5e-2
+"""The same for a transformer in int8."""
 
 Cases = dict[str, list[Tensor]]
 """Name of a case → its inputs, in the order of the graph."""
@@ -100,10 +104,11 @@ class Gate:
             yield path
             return
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
-        part = _named(graph.name, component_graphs(module, self._subset_model, [graph.length]))
+        graphs = component_graphs(module, self._subset_model, [graph.length], quantize=graph.quantize)
+        part = _named(graph.name, graphs)
         ranges = {
             name: weights.ranges[full_weight_name(graph.component, name, self._subset_model, self.model)]
-            for name in part.module.state_dict()
+            for name in stored_names(part.module.state_dict(), graph.quantize)
         }
         target = path.with_name(f".part.{path.name}")
         try:
@@ -125,7 +130,7 @@ class Gate:
                     inputs=name,
                     max_error=max(largest for largest, _ in errors),
                     mean_error=max(mean for _, mean in errors),
-                    tolerance=TOLERANCES[self.dtype],
+                    tolerance=tolerance(self.dtype, graph.quantize),
                     part=self.part(graph.component),
                 )
 
@@ -140,6 +145,11 @@ class Gate:
             for other in self.model.text_lengths:
                 self._embeddings[other] = encoder(self._prompts(other)).unflatten(0, (2, -1))
         return self._embeddings[length]
+
+
+def tolerance(dtype: DType, quantize: Quantization = "none") -> float:
+    """The largest error of a graph that passes, over the largest reference value."""
+    return INT8_TOLERANCE if quantize == "int8" else TOLERANCES[dtype]
 
 
 def random_cases(graph: Graph) -> Cases:

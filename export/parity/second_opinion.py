@@ -23,7 +23,7 @@ from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
-from ttt_video_engine.export.parity.gate import TOLERANCES
+from ttt_video_engine.export.parity.gate import tolerance
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, VAE_FIRST, VAE_NEXT, Bundle, transformer_graph_name
 from ttt_video_engine.runtime.config import num_scenes
 from ttt_video_engine.runtime.errors import BackendError, OutputError
@@ -78,7 +78,9 @@ def _opinions(bundle: Bundle, output: Path, load: OnnxRuntimeLoader) -> Iterator
                 save_inputs_path=str(folder / INPUTS),
                 save_outputs_path=str(folder / OUTPUTS),
             )
-            opinions = [_opinion(graph, results, i, TOLERANCES[bundle.manifest.dtype]) for i in range(1, len(results))]
+            quantize = bundle.manifest.quantize if graph.startswith("transformer") else "none"
+            allowed = tolerance(bundle.manifest.dtype, quantize)
+            opinions = [_opinion(graph, results, i, allowed) for i in range(1, len(results))]
         yield from opinions
 
 

@@ -23,6 +23,7 @@ from ttt_video_engine.runtime.bundle import (
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.config import ModelConfig, TTTChoice
+from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.stages import decode
 
 CASES = (("text_encoder", 1), ("transformer", 1), ("transformer", 2), ("vae_decoder", 1))
@@ -50,21 +51,24 @@ def main() -> None:
 
 
 def rows_of(folder: Path, length: str) -> list[list[str]]:
-    model = open_bundle(folder).manifest.model
-    rows = []
+    manifest = open_bundle(folder).manifest
+    model, quantize, rows = manifest.model, manifest.quantize, []
     for component, batch in CASES:
-        measured, estimated = compare(model, folder, component, length, batch)
-        name = f"{model.name} {model.transformer.ttt} {length} {component}"
+        measured, estimated = compare(model, folder, component, length, batch, quantize)
+        numbers = "" if quantize == "none" else f" {quantize}"
+        name = f"{model.name} {model.transformer.ttt}{numbers} {length} {component}"
         mebibytes = [f"{size / 2**20:.0f}" for size in (measured, estimated)]
         rows.append([name, str(batch), *mebibytes, f"{estimated / measured - 1:+.1%}"])
     return rows
 
 
-def compare(model: ModelConfig, folder: Path, component: str, length: str, batch: int) -> tuple[int, int]:
+def compare(
+    model: ModelConfig, folder: Path, component: str, length: str, batch: int, quantize: Quantization = "none"
+) -> tuple[int, int]:
     """Measured and estimated peak memory in bytes."""
     program = (__file__, str(folder), component, length, str(batch))
     done = subprocess.run([sys.executable, *program], check=True, capture_output=True, text=True)
-    weights = {name: file_bytes(shapes, "float32") for name, shapes in weight_shapes(model).items()}
+    weights = {name: file_bytes(shapes, "float32", quantize) for name, shapes in weight_shapes(model).items()}
     return int(done.stdout), cpu_memory(model, length, weights, low_memory=batch == 1)[component].total
 
 

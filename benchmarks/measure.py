@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import median
 from threading import Event, Thread
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for demo/, which is not installed
+
 PAUSE = 0.25
 """Seconds between calls. OpenMP threads spin for up to 0.2 s after their work."""
 

@@ -3,13 +3,18 @@
 import argparse
 from collections.abc import Callable
 
+import cheaper
 import process
 import queues
+import spinning
 import state
 import step
 
 BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "step": ("Transformer step, batch 2, fp32", step.against_reference),
+    "cheaper": ("A step in float32 and in int8", cheaper.steps),
+    "film": ("A film in float32 and in int8", cheaper.film),
+    "spinning": ("Threads that spin", spinning.measure),
     "length": ("Step time over length, ONNX Runtime, batch 2, fp32", step.over_length),
     "import": ("Start", process.imports),
     "memory": ("Memory of decoding", process.decode_memory),

@@ -28,6 +28,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 class OnnxRuntimeRunner:
     """One ONNX file in its own session.
 
+    With `spinning`, threads that wait for work keep their cores busy: benchmarks/spinning.py measures what that costs.
     Raises BackendError where the file does not load, or where its inputs and outputs are not `inputs` and `outputs`.
     """
 
@@ -39,12 +40,14 @@ class OnnxRuntimeRunner:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         num_threads: int = 0,
+        spinning: bool = False,
     ) -> None:
         self._name = path.name
         self.inputs, self.outputs = inputs, outputs
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = _ERRORS_ONLY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as error:  # its exceptions have no common base class

@@ -317,7 +317,8 @@ def test_engines_of_a_bundle_say_what_they_need(run: Run, bundle: Path) -> None:
 def test_a_bundle_is_planned_from_its_manifest(run: Run, shared_bundle: Path) -> None:
     found = planned(run, "plan", "--bundle", shared_bundle)
     manifest = open_bundle(shared_bundle).manifest
-    assert found["asked"] == {"length": "9s", "dtype": "float32", "low_memory": False, "weight_streaming": False}
+    settings = {"low_memory": False, "weight_streaming": False, "quantize": "none"}
+    assert found["asked"] == {"length": "9s", "dtype": "float32", **settings}
     assert found["commands"] == [f"ttt-video sample STORYBOARD --bundle {shared_bundle}"]
     for component, part in found["components"].items():
         sizes = [entry.size for name, entry in manifest.files.items() if name.startswith(component)]

@@ -49,7 +49,7 @@ STAGES = (
     Stage(2181, ((3, 3),), high=650, high_share=0.5),
     Stage(3038, ((1, 8), (3, 3)), high=650, high_share=0.5),  # places and colours right; where the figure goes, not yet
     Stage(7250, ((1, 8), (3, 3))),  # one scene: what words mean; three: what earlier scenes named
-    Stage(8800, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),  # for the published weights
+    Stage(8800, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),  # published at step 8368
     Stage(16000, ((1, 8), (3, 3))),
     Stage(22000, ((6, 2), (3, 3))),
     Stage(24000, ((21, 1), (3, 3))),

@@ -108,7 +108,7 @@ def remove_states(folder: Path) -> None:
 
 
 def note_failure(folder: Path, stage: str, error: Exception) -> None:
-    """Writes `error.json`, in a folder that is there. Raises OutputError where it cannot be written."""
+    """Writes `error.json` unless the folder was removed. Raises OutputError where it cannot be written."""
     if not folder.is_dir():
         return
     failure = {
@@ -181,7 +181,7 @@ def claimed(folder: Path, *, begun: bool = False) -> Iterator[Claim]:
 
 
 def _remove(path: Path) -> None:
-    """Raises OutputError where a file that is there cannot be removed."""
+    """Removes a file if it exists. Raises OutputError where that fails."""
     with writing(path):
         path.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ def draw_timesteps(size: int, high: int, high_share: float, generator: Generator
     `high_share` of it lies evenly at `high` or above, where the text decides what is seen; the rest is even over all.
     """
     share = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    anywhere = share / (1 - high_share) * _STEPS
+    anywhere = share / max(1 - high_share, 1e-9) * _STEPS
     above = high + (share - (1 - high_share)) / high_share * (_STEPS - high)
     return torch.where(share < 1 - high_share, anywhere, above).long().clamp(max=_STEPS - 1)
 

@@ -29,11 +29,17 @@ def render_part(script: Script, first: int, count: int) -> Frames:
 
 
 def position(scene: SceneScript, progress: float) -> tuple[float, float]:
-    """(y, x) of the figure's centre; `progress` runs from 0 to 1 through the scene."""
+    """(y, x) of the figure's centre; `progress` runs from 0 to 1 through the scene.
+
+    The figure slows down until it rests, so it spends most of a scene near the end of its way. At an even speed, where
+    it stands on average would say nothing about where it goes: only place and time together would, and a network that
+    sees noise alone has to find one of the two first.
+    """
     (y, x), (end_y, end_x) = scene.start, scene.end
     if scene.motion == "jumps":
         return y - min(JUMP, y - TOP) * abs(math.sin(3 * math.pi * progress)), x
-    return y + (end_y - y) * progress, x + (end_x - x) * progress
+    way = 1 - (1 - progress) ** 3
+    return y + (end_y - y) * way, x + (end_x - x) * way
 
 
 def _frame(scene: SceneScript, progress: float) -> NDArray[np.float32]:

@@ -284,7 +284,7 @@ class _Build:
             )
         parity = self._gate.check(graph, path, weights)
         worst = max(parity, key=lambda check: check.max_error)
-        self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.0e} allowed ({worst.inputs})")
+        self.report(f"{graph.name}: parity {worst.max_error:.1e} of {worst.tolerance:.1e} allowed ({worst.inputs})")
         name = weights.path.relative_to(self.stage.root).as_posix()
         return GraphEntry(graph.file, name, *read_signature(path), parity, key)
 

@@ -32,10 +32,10 @@ def ttt_linear(
     """TTT-Linear, f(x) = x·W1 + b1.
 
     Queries, keys and values are [B, H, N, C, F], learning rates `eta` [B, H, N, C]; the initial weights may have a
-    leading batch axis. Returns [B, H, N, C, F] in the dtype of the queries. All arithmetic is float32.
+    leading batch axis. Returns [B, H, N, C, F] in the dtype of the queries. All arithmetic is `wide`.
     """
     norm = _HeadNorm(norm_weight_HF, norm_bias_HF)
-    W1, b1 = W1_HFF.float(), b1_H1F.float()
+    W1, b1 = wide(W1_HFF), wide(b1_H1F)
     outputs = []
     for q, k, v, eta in _mini_batches(XQ_BHNCF, XK_BHNCF, XV_BHNCF, eta_BHNC):
         z = k @ W1 + b1
@@ -63,7 +63,7 @@ def ttt_mlp(
 ) -> Tensor:
     """TTT-MLP, f(x) = gelu(x·W1 + b1)·W2 + b2 with the tanh form of GELU. Otherwise like `ttt_linear`."""
     norm = _HeadNorm(norm_weight_HF, norm_bias_HF)
-    W1, b1, W2, b2 = W1_HFK.float(), b1_H1K.float(), W2_HKF.float(), b2_H1F.float()
+    W1, b1, W2, b2 = wide(W1_HFK), wide(b1_H1K), wide(W2_HKF), wide(b2_H1F)
     outputs = []
     for q, k, v, eta in _mini_batches(XQ_BHNCF, XK_BHNCF, XV_BHNCF, eta_BHNC):
         z1 = k @ W1 + b1
@@ -85,8 +85,8 @@ class _HeadNorm:
     """LayerNorm over F with a weight and bias per head, and the gradient of the inner loss through it."""
 
     def __init__(self, weight_HF: Tensor, bias_HF: Tensor) -> None:
-        self.weight_H1F = weight_HF.float().unsqueeze(1)
-        self.bias_H1F = bias_HF.float().unsqueeze(1)
+        self.weight_H1F = wide(weight_HF).unsqueeze(1)
+        self.bias_H1F = wide(bias_HF).unsqueeze(1)
 
     def __call__(self, z: Tensor) -> Tensor:
         normalised, _ = _standardise(z)
@@ -110,10 +110,15 @@ def _standardise(z: Tensor) -> tuple[Tensor, Tensor]:
 def _mini_batches(
     XQ_BHNCF: Tensor, XK_BHNCF: Tensor, XV_BHNCF: Tensor, eta_BHNC: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(q, k, v, eta) of each mini-batch in turn, float32: [B, H, C, F] thrice and [B, H, C, 1]."""
+    """(q, k, v, eta) of each mini-batch in turn, `wide`: [B, H, C, F] thrice and [B, H, C, 1]."""
     streams = (XQ_BHNCF, XK_BHNCF, XV_BHNCF, eta_BHNC.unsqueeze(-1))
-    q, k, v, eta = (stream.float().unbind(2) for stream in streams)
+    q, k, v, eta = (wide(stream).unbind(2) for stream in streams)
     return list(zip(q, k, v, eta, strict=True))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32; a float64, which tells how much float32 rounds, is left as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gelu(x: Tensor) -> Tensor:

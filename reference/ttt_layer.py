@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.rope import rotate
-from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
+from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp, wide
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 
 Scan = Callable[..., Tensor]
@@ -80,14 +80,14 @@ class TTTLayer(nn.Module):
         config = self.config
         logits_BHL = functional.linear(x_BLD, self.learnable_ttt_lr_weight.squeeze(1)).transpose(1, 2)
         # About 1e-5 at full size, which float16 holds to one digit.
-        gate_BHL = torch.sigmoid((logits_BHL + self.learnable_ttt_lr_bias).float())
+        gate_BHL = torch.sigmoid(wide(logits_BHL + self.learnable_ttt_lr_bias))
         eta = config.ttt_base_lr * gate_BHL / config.head_dim / config.mini_batch_size
         return eta.unflatten(2, (-1, config.mini_batch_size))
 
 
 def _unit_length(x: Tensor) -> Tensor:
     """x / ‖x‖ over the last axis, in float32: the 1e-12 that keeps the norm from zero is zero in float16."""
-    return functional.normalize(x.float(), dim=-1).to(x.dtype)
+    return functional.normalize(wide(x), dim=-1).to(x.dtype)
 
 
 class TTTLinear(TTTLayer):

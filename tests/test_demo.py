@@ -10,19 +10,21 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from demo import train_transformer, train_vae
+from demo import train_text, train_transformer, train_vae
+from demo.backgrounds import PLACES
 from demo.captions import captions
 from demo.config import MODEL
 from demo.data import HELD_OUT_SEED, make_batch, text_length
 from demo.encoder import LinearEncoder
 from demo.export_checkpoint import export_checkpoint
 from demo.fast import COMPILED, plain_attention
+from demo.figures import FIGURES
 from demo.judge import judge
 from demo.model import new_model
 from demo.noise import add_noise, alpha_table, draw_timesteps
 from demo.scan import mini_batch, scan
 from demo.scenes import Frames, render, render_part
-from demo.story import Script, random_script
+from demo.story import MOTIONS, Script, random_script
 from demo.text import FOLDER, num_lost, storyboard, train
 from ttt_video_engine.reference.ttt import ttt_linear
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
@@ -195,3 +197,19 @@ def _losses(training: train_transformer.Training | train_vae.Training, count: in
 def _assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_text_encoder_learns_what_captions_say() -> None:
+    encoder = new_model(0).text_encoder
+    before = {name: value.detach().clone() for name, value in encoder.named_parameters()}
+    losses = train_text.teach(encoder, num_steps=40)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(not torch.equal(value, before[name]) for name, value in encoder.named_parameters() if value.dim() == 2)
+
+
+def test_what_a_caption_leaves_out_is_no_answer(held_out: list[tuple[Script, list[str], Frames]]) -> None:
+    for script, sentences, _ in held_out:
+        for scene, sentence in zip(script, sentences, strict=True):
+            figure, colour, place, night, motion = train_text.answers(scene, sentence)
+            assert (figure < len(FIGURES)) == (scene.figure in sentence) and (colour < 6) == (scene.colour in sentence)
+            assert motion == MOTIONS.index(scene.motion) and (night < 2) == (place < len(PLACES))

@@ -312,7 +312,7 @@ def _json_log(path: Path | None, display: RenderDisplay) -> Iterator[OnEvent]:
 
 
 def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | None) -> TextCache:
-    providers = available_providers() if provider is None else PROVIDERS[provider]
+    providers = available_providers() if provider is None else PROVIDERS.get(provider, (provider,))
     runs_on = " ".join((engine, ort.__version__, *providers)) if engine == "onnxruntime" else engine
     return TextCache(
         cache_folder("text"),

@@ -1,11 +1,15 @@
 """Lists the backends that can run graphs on this machine, and why others cannot."""
 
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 
 from ttt_video_engine.engines.cuda import Device, devices
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, execution_providers
 from ttt_video_engine.engines.ort import ort
+from ttt_video_engine.engines.plugin_providers import PLUGINS, PluginName, is_installed, package, plugin_devices
 from ttt_video_engine.engines.tensorrt.engine import PackageName
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.runtime.errors import BackendError
@@ -39,8 +43,9 @@ def survey() -> Survey:
     except BackendError as error:
         no_gpu = str(error)
     providers = [_provider(name, no_gpu) for name in PROVIDERS]
+    plugins = [_plugin(name) for name in PLUGINS]
     packages = [_package("tensorrt", gpus, no_gpu), _package("tensorrt_rtx", gpus, no_gpu)]
-    return Survey((*providers, *packages), gpus, no_gpu)
+    return Survey((*providers, *plugins, *packages), gpus, no_gpu)
 
 
 def _provider(name: str, no_gpu: str) -> Backend:
@@ -50,6 +55,28 @@ def _provider(name: str, no_gpu: str) -> Backend:
     except BackendError as error:
         reason = str(error).removeprefix(f"--provider {name}: ")
     return Backend(f"onnxruntime {name}", ort.__version__, not reason, reason)
+
+
+def _plugin(name: PluginName) -> Backend:
+    """Asks in a process of its own: two copies of TensorRT-RTX's libraries do not bear each other in one."""
+    title = f"onnxruntime {name}"
+    if not is_installed(name):
+        return Backend(title, None, False, f"run: pip install {package(name)}")
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+            reason = child.submit(_plugin_fault, name).result()
+    except BrokenProcessPool:
+        reason = f"{package(name)} ends the process that loads it"
+    return Backend(title, _distribution_version(package(name)), not reason, reason)
+
+
+def _plugin_fault(name: PluginName) -> str:
+    """Why a plugin provider cannot be used; empty if it can."""
+    try:
+        plugin_devices(name)
+    except BackendError as error:
+        return str(error).removeprefix(f"--provider {name}: ")
+    return ""
 
 
 def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backend:
@@ -67,7 +94,7 @@ def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backen
     return Backend(name, found, True, "")
 
 
-def _distribution_version(name: PackageName) -> str | None:
+def _distribution_version(name: str) -> str | None:
     """Version of a package that is installed and does not load; None where it is not installed."""
     try:
         return version(name)

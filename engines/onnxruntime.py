@@ -1,4 +1,4 @@
-"""Runs graphs in ONNX Runtime: on the CPU, or with onnxruntime-gpu on an NVIDIA GPU."""
+"""Runs graphs in ONNX Runtime: on the CPU, with onnxruntime-gpu on an NVIDIA GPU, or with a plugin provider."""
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,17 +9,18 @@ from typing import Literal, Self
 import numpy as np
 
 from ttt_video_engine.engines.ort import ort
+from ttt_video_engine.engines.plugin_providers import PluginName, plugin_devices
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError
 from ttt_video_engine.runtime.runner import Array, HostOrDeviceArray, TensorSpec, check_inputs
 
-ProviderName = Literal["cpu", "cuda", "tensorrt"]
+ProviderName = Literal["cpu", "cuda", "tensorrt", PluginName]
 PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""Execution providers of each value of `--provider`: first its own, then those for nodes that it does not support."""
+"""Execution providers that ONNX Runtime brings itself: first the named one, then those for nodes that it lacks."""
 
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
@@ -28,7 +29,8 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 class OnnxRuntimeRunner:
     """One ONNX file in its own session.
 
-    With `spinning`, threads that wait for work keep their cores busy: benchmarks/spinning.py measures what that costs.
+    `devices` of a plugin provider come before `providers`. With `spinning`, threads that wait for work keep their cores
+    busy: benchmarks/spinning.py measures what that costs.
     Raises BackendError where the file does not load, or where its inputs and outputs are not `inputs` and `outputs`.
     """
 
@@ -39,6 +41,7 @@ class OnnxRuntimeRunner:
         outputs: tuple[TensorSpec, ...],
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        devices: Sequence[ort.OrtEpDevice] = (),
         num_threads: int = 0,
         spinning: bool = False,
     ) -> None:
@@ -49,7 +52,11 @@ class OnnxRuntimeRunner:
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
-            self._session: ort.InferenceSession | None = ort.InferenceSession(path, options, providers=list(providers))
+            if devices:
+                options.add_provider_for_devices(devices, {})
+            self._session: ort.InferenceSession | None = ort.InferenceSession(
+                path, options, providers=None if devices else list(providers)
+            )
         except Exception as error:  # its exceptions have no common base class
             raise BackendError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         _check_signature(path, inputs, self._session.get_inputs())
@@ -85,7 +92,7 @@ class OnnxRuntimeLoader:
     """Loads the graphs of a bundle in ONNX Runtime.
 
     `provider` None means CUDA if this ONNX Runtime has it, else the CPU. `num_threads` 0 means all cores. Raises
-    BackendError for a provider that this ONNX Runtime lacks, and for a bfloat16 bundle.
+    BackendError for a provider that is not there or finds no device, and for a bfloat16 bundle.
     """
 
     def __init__(self, bundle: Bundle, *, provider: ProviderName | None = None, num_threads: int = 0) -> None:
@@ -95,7 +102,12 @@ class OnnxRuntimeLoader:
                 "use --engine tensorrt, or export with --dtype float16 or float32"
             )
         self._bundle = bundle
-        self._providers = available_providers() if provider is None else execution_providers(provider)
+        self._devices: tuple[ort.OrtEpDevice, ...] = ()
+        if provider == "nv-tensorrt-rtx" or provider == "openvino":
+            self._devices = plugin_devices(provider)
+            self._providers: tuple[str, ...] = (self._devices[0].ep_name,)
+        else:
+            self._providers = available_providers() if provider is None else execution_providers(provider)
         self._provider = provider
         self._num_threads = num_threads
         self._environment = {"engine": "onnxruntime", "onnxruntime": ort.__version__, "provider": self._providers[0]}
@@ -113,7 +125,12 @@ class OnnxRuntimeLoader:
         entry = self._bundle.graph(graph)
         path = self._bundle.path(entry.file)
         runner = OnnxRuntimeRunner(
-            path, entry.inputs, entry.outputs, providers=self._providers, num_threads=self._num_threads
+            path,
+            entry.inputs,
+            entry.outputs,
+            providers=self._providers,
+            devices=self._devices,
+            num_threads=self._num_threads,
         )
         # Where a provider does not start, ONNX Runtime silently uses the next one.
         if self._provider is not None and self._providers[0] not in runner.providers:

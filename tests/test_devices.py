@@ -3,21 +3,25 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 from messages import names, refusal
 
+from ttt_video_engine.engines import plugin_providers
 from ttt_video_engine.engines.devices import survey
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, execution_providers
+from ttt_video_engine.engines.plugin_providers import plugin_devices
 from ttt_video_engine.engines.tensorrt.package import load_package
-from ttt_video_engine.runtime.bundle import open_bundle
+from ttt_video_engine.runtime.bundle import TEXT_ENCODER, open_bundle
 from ttt_video_engine.runtime.errors import BackendError
 
 Run = Callable[..., tuple[int, str, str]]
-NAMES = ["onnxruntime cpu", "onnxruntime cuda", "onnxruntime tensorrt", "tensorrt", "tensorrt_rtx"]
+PROVIDERS = ["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx", "openvino"]
+NAMES = [*(f"onnxruntime {name}" for name in PROVIDERS), "tensorrt", "tensorrt_rtx"]
 
 has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
 without_cuda = pytest.mark.skipif(has_cuda, reason="this ONNX Runtime has the CUDA provider")
@@ -28,7 +32,7 @@ def test_devices_as_a_table(run: Run) -> None:
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines.pop(0).split() == ["backend", "version", "usable", "reason"]
-    assert [line[:22].rstrip() for line in lines[: len(NAMES)]] == NAMES
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[: len(NAMES)]] == NAMES
     assert lines[0].split() == ["onnxruntime", "cpu", ort.__version__, "yes"]
     assert all(line.startswith("GPU ") for line in lines[len(NAMES) :])
     for line in lines[: len(NAMES)]:
@@ -68,6 +72,56 @@ def test_the_gpu_of_this_machine() -> None:
 
 
 # Providers
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
+    """A package of a plugin provider, as pip installs one; the calls to ONNX Runtime that register it.
+
+    Its library is not loaded, and the CPU of ONNX Runtime stands for its device."""
+    calls: list[tuple[str, ...]] = []
+    folder = tmp_path / "onnxruntime_ep_openvino"
+    folder.mkdir()
+    code = (
+        'def get_ep_name():\n    return "CPUExecutionProvider"\n\n\ndef get_library_path():\n    return "plugin.so"\n'
+    )
+    (folder / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda *at: calls.append(at))
+    plugin_devices.cache_clear()
+    yield calls
+    plugin_devices.cache_clear()
+    sys.modules.pop("onnxruntime_ep_openvino", None)
+
+
+def test_a_plugin_provider_runs_on_its_devices(plugin: list[tuple[str, ...]], shared_bundle: Path) -> None:
+    loader = OnnxRuntimeLoader(open_bundle(shared_bundle), provider="openvino")
+    with loader(TEXT_ENCODER) as runner:
+        inputs = {
+            spec.name: np.ones([axis if isinstance(axis, int) else 2 for axis in spec.shape], np.int64)
+            for spec in runner.inputs
+        }
+        assert all(np.isfinite(value).all() for value in runner.run(inputs).values())
+    assert plugin == [("CPUExecutionProvider", "plugin.so")]
+    assert loader.environment()["provider"] == "CPUExecutionProvider"
+
+
+def test_a_plugin_provider_without_a_device(plugin: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_ep_devices", list)
+    with pytest.raises(BackendError) as refused:
+        plugin_devices("openvino")
+    names(str(refused.value), "openvino", "--provider cpu")
+
+
+@pytest.mark.parametrize("provider", ["nv-tensorrt-rtx", "openvino"])
+def test_a_plugin_provider_that_is_not_installed(run: Run, shared_bundle: Path, tmp_path: Path, provider: str) -> None:
+    if plugin_providers.is_installed(provider):  # type: ignore[arg-type]
+        pytest.skip(f"{provider} is installed")
+    board = tmp_path / "bear.json"
+    board.write_text('[{"text": "A bear."}]')
+    found = run("sample", board, "--bundle", shared_bundle, "--output-dir", tmp_path / "o", "--provider", provider)
+    assert not (tmp_path / "o").exists()
+    names(refusal(found), provider, f"pip install onnxruntime-ep-{provider}")
 
 
 @without_cuda

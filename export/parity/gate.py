@@ -123,7 +123,7 @@ class Gate:
             return
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
         graphs = component_graphs(module, self._subset_model, [graph.length], quantize=graph.quantize)
-        part = _named(graph.name, graphs)
+        part = replace(_named(graph.name, graphs), op_version=graph.op_version)
         ranges = {
             name: weights.ranges[full_weight_name(graph.component, name, self._subset_model, self.model)]
             for name in stored_names(part.module.state_dict(), graph.quantize)

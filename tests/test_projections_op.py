@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
@@ -25,6 +26,8 @@ from ttt_video_engine.reference.ttt_layer import TTTLayer, TTTWrapper
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 from ttt_video_engine.runtime.presets import tiny
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION
+
+Array = NDArray[np.float64]
 
 KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
 DTYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
@@ -70,10 +73,9 @@ class Clip:
         return dict(zip(PROJECTIONS_INPUTS[config.ttt_kind or "linear"], values, strict=True))
 
     def expected(self, *, backward: bool) -> Tensor:
-        if not backward:
-            return self.layer(self.x, self.layout)
-        order = self.layout.reversed_order
-        return self.layer(self.x[:, order], self.layout)[:, order]
+        order = self.layout.reversed_order if backward else torch.arange(self.layout.num_tokens)
+        output: Tensor = self.layer(self.x[:, order], self.layout)
+        return output[:, order]  # reversing twice is the first order
 
 
 @functools.cache
@@ -100,14 +102,15 @@ def session(kind: TTTKind, dtype: torch.dtype) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run(kind: TTTKind, inputs: dict[str, Tensor]) -> np.ndarray:
+def run(kind: TTTKind, inputs: dict[str, Tensor]) -> Array:
     feeds = {name: value.detach().numpy() for name, value in inputs.items()}
     (found,) = session(kind, inputs["XQ"].dtype).run(["XQW"], feeds)
     assert found.dtype == feeds["XQ"].dtype and found.shape == feeds["XQ"].shape
-    return found.astype(np.float64)
+    result: Array = found.astype(np.float64)
+    return result
 
 
-def relative_error(found: np.ndarray, expected: Tensor) -> float:
+def relative_error(found: Array, expected: Tensor) -> float:
     wanted = expected.detach().double().numpy()
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 

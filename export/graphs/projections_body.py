@@ -105,7 +105,8 @@ _PROLOGUE = """
 
 # One chunk: q, k, the target γ²·(v − k) standardised, and the learning rates, [G, B, H, C, F] and [G, B, H, C, 1].
 # The oracle's target is γ·standardised + β + k, from which the scan subtracts k and β again.
-_PREPARE = """
+_PREPARE = (
+    """
       chunk_next = Identity (chunk_go)
       cos_half = Gather <axis = 0> (cos_chunks, chunk)
       cos_row = MatMul (cos_half, twice)
@@ -113,8 +114,9 @@ _PREPARE = """
       sin_row = MatMul (sin_half, twice)
       token_rows = Gather <axis = 0> (token_chunks, chunk)
       rate_rows = Gather <axis = 0> (rate_chunks, chunk)
-""" + "".join(
-    """
+"""
+    + "".join(
+        """
       X_taken = Gather <axis = 1> (XX, token_rows)
       X_32 = Cast <to = 1> (X_taken)
       X_heads = Reshape (X_32, head_shape)
@@ -128,8 +130,9 @@ _PREPARE = """
       X_split = Reshape (X_rotated, scan_shape)
       X_all = Transpose <perm = [1, 0, 3, 2, 4]> (X_split)
 """.replace("X_", f"{name}_").replace("XX", f"X{name}")
-    for name in "QK"
-) + """
+        for name in "QK"
+    )
+    + """
       V_taken = Gather <axis = 1> (XV, token_rows)
       V_32 = Cast <to = 1> (V_taken)
       V_heads = Reshape (V_32, head_shape)
@@ -151,6 +154,7 @@ _PREPARE = """
       rates_split = Reshape (rates, rate_shape)
       rates_all = Transpose <perm = [1, 0, 3, 2, 4]> (rates_split)
 """
+)
 
 # The mini-batch j of a chunk.
 _TAKE = """

@@ -23,6 +23,7 @@ from ttt_video_engine.reference.ttt_layer import TTTLayer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_VERSION
 
+
 @dataclass(frozen=True)
 class ScanOrder:
     """What the scan reads at each of its places, in mini-batches: tables [NC, C] of a clip, int32, and angles.
@@ -69,7 +70,7 @@ def layers_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block._test_time_training  # type: ignore[method-assign]  # restores the method of the class
+            del block._test_time_training  # restores the method of the class
 
 
 def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor, layout: TokenLayout) -> Tensor:
@@ -104,4 +105,5 @@ def _node(layer: TTTLayer, kind: TTTKind, x_BLD: Tensor, order: ScanOrder) -> Te
         shape=q.shape,
         version=PROJECTIONS_VERSION,
     )
-    return layer.wo(layer.post_norm(out_BLD))
+    result: Tensor = layer.wo(layer.post_norm(out_BLD))
+    return result

@@ -1,4 +1,4 @@
-"""One mini-batch of the TTT scan in standard operators, as lines of a function body: both versions of the operator have it.
+"""One mini-batch of the TTT scan in standard operators: lines of the function body of both versions of the operator.
 
 The lines read k, k_T, q, target and rate_j of the mini-batch, gamma_squared [H, 1, F] and the inner weights. They write
 the next inner weights and z_q, the inner output for q. Shapes as in `ttt_op.py`.

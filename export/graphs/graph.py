@@ -62,8 +62,9 @@ class Graph:
 
     Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
     of its TTT nodes, None if it has none, `op_version` their version. `length` is the clip length of the graph, "any"
-    if all lengths share it. `layers` is the attribute that holds the module's list of identical layers, empty if it has none. With `inline`,
-    TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are int8 (`quantize.py`).
+    if all lengths share it. `layers` is the attribute that holds the module's list of identical layers, empty if it has
+    none. With `inline`, TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are
+    int8 (`quantize.py`).
     """
 
     name: str

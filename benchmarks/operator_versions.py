@@ -1,8 +1,8 @@
 """Times a step of the transformer with each version of the TTT operator, and its peak memory, in ONNX Runtime.
 
-Every number is of a process of its own, on one thread. Seconds are those of the processor, which other work on the
-machine changes little. "Planned" is ONNX Runtime's default, to allocate the memory of a run as one block from the second
-run on; the runner of this project switches it off.
+Every number is of a process of its own, on one thread. Seconds are those of the processor, which other work on this
+machine changes little. "Planned" is the default of ONNX Runtime, to allocate the memory of a run as one block from the
+second run on; the runner of this project switches it off.
 """
 
 import argparse

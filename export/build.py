@@ -110,7 +110,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                _op_version(previous, options),
+                op_version(previous, options),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -310,7 +310,7 @@ class _Build:
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def _op_version(previous: Bundle | None, options: ExportOptions) -> OpVersion:
+def op_version(previous: Bundle | None, options: ExportOptions) -> OpVersion:
     """The version of the TTT nodes: 1 for a bundle that has engines or gets some, since their plugins have that."""
     with_engines = options.engines.gpus or (previous is not None and readable_engines(previous.root))
     return VERSION if with_engines else PROJECTIONS_VERSION

@@ -14,18 +14,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from test_runner import add_engine
 from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.export.build import ExportOptions, op_version
+from ttt_video_engine.export.engines import EngineRequest
 from ttt_video_engine.export.graphs.graph import OPSET, read_signature
 from ttt_video_engine.export.graphs.projections_op import scan_order
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, function_body
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt_layer import TTTLayer, TTTWrapper
+from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 from ttt_video_engine.runtime.presets import tiny
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION
+from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION, VERSION
 
 Array = NDArray[np.float64]
 
@@ -201,3 +205,11 @@ def test_a_graph_of_the_exporter_of_version_1_still_runs() -> None:
         found = np.asarray(runner.run(feeds)["velocity"], np.float64)
     with torch.no_grad():
         assert relative_error(found, transformer(latents, text, timestep)) < 1e-5
+
+
+def test_a_bundle_with_engines_keeps_the_version_of_their_plugins(bundle: Path) -> None:
+    plain, with_engines = ExportOptions(), ExportOptions(engines=EngineRequest(gpus=("sm_89",)))
+    assert [op_version(None, plain), op_version(None, with_engines)] == [PROJECTIONS_VERSION, VERSION]
+    assert op_version(open_bundle(bundle), plain) == PROJECTIONS_VERSION
+    add_engine(bundle, "1.7")
+    assert op_version(open_bundle(bundle), plain) == VERSION

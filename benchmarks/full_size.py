@@ -74,9 +74,10 @@ def check_scans(model: ModelConfig, graph: Graph, proto: onnx.ModelProto) -> lis
     config, tokens = model.transformer, model.clip_size(graph.length).num_tokens(model.transformer.patch_size)
     shapes = {value.name: shape(value) for value in (*proto.graph.value_info, *proto.graph.input)}
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
-    clip = ("batch", config.num_heads, tokens // config.mini_batch_size, config.mini_batch_size, config.head_dim)
+    clip = ("batch", tokens, config.model_dim)
+    logits = ("batch", tokens, config.num_heads)
     for node in nodes:
-        for name, expected in zip([*node.input[:4], node.output[0]], [clip, clip, clip, clip[:4], clip], strict=True):
+        for name, expected in zip([*node.input[:4], node.output[0]], [clip, clip, clip, logits, clip], strict=True):
             if shapes[name] != expected:
                 raise SystemExit(f"{graph.name}: {node.name}: {name} is {shapes[name]}; must be {expected}")
     wanted = 2 * config.num_layers if config.ttt_kind else 0

@@ -50,6 +50,8 @@ class OnnxRuntimeRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = _ERRORS_ONLY
+        # From the second run on, ONNX Runtime would allocate a block for a whole run beside the blocks of the first.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
             if devices:

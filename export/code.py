@@ -89,8 +89,11 @@ WEIGHTS = Artefact(
     excluded={
         **_NEVER_DECIDES,
         "export/graphs/graph.py": "traces graphs with placeholder weights",
+        "export/graphs/projections_body.py": "graphs",
+        "export/graphs/projections_op.py": "graphs",
         "export/graphs/repeat.py": "graphs",
         "export/graphs/ttt_op.py": "graphs",
+        "export/graphs/ttt_steps.py": "graphs",
         "export/sources/stored_scale.py": "sets a field of the model's config",
         "export/sources/tokenizer.py": "the tokenizer",
         "planning/shapes.py": "decides which models can be seeded",
@@ -111,9 +114,11 @@ GRAPHS = Artefact(
     sources=(
         "export/graphs/components.py",
         "export/graphs/graph.py",
+        "export/graphs/projections_*.py",
         "export/graphs/quantize.py",
         "export/graphs/repeat.py",
         "export/graphs/ttt_op.py",
+        "export/graphs/ttt_steps.py",
         "export/graphs/weights.py",  # offsets of the weights
         "reference/*.py",
         "runtime/bundle.py",  # names and shapes of inputs

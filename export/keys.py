@@ -13,6 +13,7 @@ from ttt_video_engine.export.code import ENGINES, GRAPHS, WEIGHTS, Artefact
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.quantization import Quantization
+from ttt_video_engine.runtime.ttt_op import OpVersion
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors")
 """The packages whose versions a bundle records."""
@@ -36,12 +37,17 @@ def graph_key(
     length: str = "any",
     inline: bool = False,
     quantize: Quantization = "none",
+    op_version: OpVersion | None = None,
 ) -> Key:
-    """The key of a graph: everything that could change it. Graphs with equal keys are identical."""
+    """The key of a graph: everything that could change it. Graphs with equal keys are identical.
+
+    `op_version` is that of the TTT nodes, None where there are none.
+    """
     model_key = {"preset": model.name, "config": _digest(model), "weights": weights, "length": length}
     functions = "inlined" if inline else "kept"
     key = {**model_key, "precision": dtype, "opset": str(opset), "functions": functions}
-    return key | _quantized(quantize) | dict(_code_and_tools(GRAPHS))
+    operator = {} if op_version is None else {"operator": f"version {op_version}"}
+    return key | operator | _quantized(quantize) | dict(_code_and_tools(GRAPHS))
 
 
 def weights_key(model: ModelConfig, *, origin: str, dtype: str, quantize: Quantization = "none") -> Key:

@@ -19,9 +19,11 @@ CPU_PROCESS = 90 << 20
 """Python, the pipeline, ONNX Runtime, one session and the code that its first run loads."""
 CPU_WEIGHTS = 1.2
 """Factor on the weights: they are transposed and packed for matrix products, and the freed gaps are not returned."""
-CPU_ACTIVATIONS = 2.2
-"""Factor on the activations: the first run allocates buffers one by one in the arena. Later runs allocate one block of
-the planned size, for which the arena grows by as much again. Another tenth is lost to fragmentation."""
+CPU_VAE_ACTIVATIONS = 2.2
+"""Factor on the activations of the decoder. ONNX Runtime's arena grows in doubling steps, and its free blocks do not
+fit the next, larger layer."""
+CPU_CHUNK_TOKENS, CPU_CHUNK_TENSORS = 512, 10
+"""The function body of the TTT operator prepares so many tokens at a time, in so many tensors of the model's width."""
 CPU_STATES = 8
 """Copies of the inner weights in a scan: as stored, expanded to the batch, carried in and out, and their updates."""
 
@@ -86,11 +88,11 @@ def cpu_memory(
     activations = {
         "text_encoder": _text_encoder_activations(model, size, FLOAT32),
         "transformer": _cpu_transformer_activations(model, size, batch),
-        "vae_decoder": _cpu_vae_activations(model, size),
+        "vae_decoder": int(CPU_VAE_ACTIVATIONS * _cpu_vae_activations(model, size)),
     }
     io = _io(model, size, batch, FLOAT32)
     return {
-        name: ComponentMemory(CPU_PROCESS, int(CPU_WEIGHTS * weights[name]), int(CPU_ACTIVATIONS * live), io[name])
+        name: ComponentMemory(CPU_PROCESS, int(CPU_WEIGHTS * weights[name]), live, io[name])
         for name, live in activations.items()
     }
 
@@ -153,22 +155,22 @@ def _text_encoder_activations(model: ModelConfig, size: ClipSize, item: int) -> 
 
 
 def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int) -> int:
-    """Live tensors in the softmax of the last layers.
+    """Live tensors in the softmax of the last layers, and what ONNX Runtime keeps from other layers.
 
-    ONNX Runtime reuses a buffer for the next tensor of the same shape and frees it after the last. Shapes [B, …] recur
-    in every layer, so their buffers stay: the MLP's hidden layer before and after GELU, and 18 tensors of the size of
-    the clip (13 whole, 4 in parts of text and video, 2 in halves for rotary embedding). The shapes [B·S, …] of segments
-    have an unnamed first axis, so each buffer is allocated and freed by itself: six tensors, and the scores
-    [B·S, h, M, M] before and after softmax. With several scenes, five more tensors are live in the order of the scan.
-    Without TTT there are twelve less, by measurement.
+    It uses a buffer again for the next tensor of the same shape and frees it after the last. Shapes [B, …] recur in
+    every layer, so their buffers stay, as does the arena's room for the operator's chunks. Live are the scores
+    [B·S, h, M, M] before and after softmax, the MLP's hidden layer before and after GELU, a chunk of the TTT operator,
+    and tensors of the size of the clip: their number is fitted to `python benchmarks/footprint.py`.
     """
     config = model.transformer
     tokens, segment = size.num_tokens(config.patch_size), segment_tokens(config, size)
     stream = max(tokens, size.num_scenes * segment) * config.model_dim
     scores = size.num_scenes * config.num_heads * segment**2
-    streams = (24 if size.num_scenes == 1 else 29) - (0 if config.ttt_kind else 12)
     hidden = 4 * tokens * config.model_dim
-    live = 2 * scores + 2 * hidden + streams * stream + CPU_STATES * _ttt_state(model)
+    streams, chunk = 23, 0
+    if config.ttt_kind:
+        streams, chunk = 25, CPU_CHUNK_TENSORS * min(CPU_CHUNK_TOKENS, tokens) * config.model_dim
+    live = 2 * scores + 2 * hidden + streams * stream + chunk + CPU_STATES * _ttt_state(model)
     return FLOAT32 * batch * live
 
 

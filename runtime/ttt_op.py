@@ -1,9 +1,19 @@
-"""The custom ONNX operators of the TTT layers: the exporter emits them, plugins and kernels implement them."""
+"""The custom ONNX operators of the TTT layers: the exporter emits them, plugins and kernels implement them.
+
+Version 1 is the scan alone, of packed heads in the order of the scan; plugins and kernels implement it. Version 2 takes
+the projections of the layer, and has everything up to the norm of the layer's output.
+"""
+
+from typing import Literal
 
 from ttt_video_engine.runtime.config import TTTKind
 
+OpVersion = Literal[1, 2]
+
 DOMAIN = "ai.ttt"
-VERSION = 1
+VERSION: OpVersion = 1
+"""That of plugins and kernels."""
+PROJECTIONS_VERSION: OpVersion = 2
 OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
 INPUTS: dict[TTTKind, tuple[str, ...]] = {
     "linear": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1"),
@@ -13,4 +23,16 @@ INPUTS: dict[TTTKind, tuple[str, ...]] = {
 
 XQ, XK, XV and the output [B, H, NC, CS, F]; eta [B, H, NC, CS], always float32; norm_weight, norm_bias [H, F];
 linear: W1 [H, F, F], b1 [H, 1, F]; mlp: W1 [H, F, K], b1 [H, 1, K], W2 [H, K, F], b2 [H, 1, F].
+"""
+
+_PROJECTIONS = ("XQ", "XK", "XV", "rate_logits", "rate_scale", "cos", "sin", "tokens", "rate_tokens")
+PROJECTIONS_INPUTS: dict[TTTKind, tuple[str, ...]] = {
+    kind: (*_PROJECTIONS, *INPUTS[kind][INPUTS[kind].index("norm_weight") :]) for kind in OP_TYPES
+}
+"""Version 2, with L = NC·CS tokens, D = H·F:
+
+XQ, XK, XV and the output [B, L, D], in the order of the model's tokens; rate_logits [B, L, H], whose sigmoid times
+rate_scale [], float32, is the learning rate; tokens, rate_tokens [NC, CS], int32: for each place of the scan the token
+that is there and the token whose learning rate it has, each token at one place; cos, sin [NC, CS, F/2], float32: the
+rotary embedding of each place, of pairs of neighbouring channels; norms and inner weights as in version 1.
 """

@@ -1,5 +1,6 @@
 """Engines that tests build for a GPU: of graphs of a bundle, and of a single TTT node."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build
 from ttt_video_engine.engines.tensorrt.engine import FOLDER, KERNELS, BuildSettings, EngineFile
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.export.engines import profiles
-from ttt_video_engine.export.graphs.graph import OPSET, read_signature
+from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.graph import OPSET, read_signature, save, trace
+from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, lay_out
+from ttt_video_engine.reference.checkpoints.lazy import lazy_state
+from ttt_video_engine.reference.initialise import with_placeholder_weights
+from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
@@ -43,7 +49,9 @@ def build_graphs(bundle: Bundle, graphs: Iterable[str], gpu: str, *, plugins: bo
         scans = Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
         request = BuildRequest(
             graph=name,
-            onnx=bundle.root / graph.file,
+            onnx=_with_version_1(bundle, name)
+            if plugins and name.startswith("transformer")
+            else bundle.path(graph.file),
             gpu=gpu,
             dtype=manifest.dtype,
             inputs=graph.inputs,
@@ -60,6 +68,21 @@ def build_graphs(bundle: Bundle, graphs: Iterable[str], gpu: str, *, plugins: bo
             },
         )
         build_engine(request, bundle.root / FOLDER, lambda phase, done, total: None)
+
+
+def _with_version_1(bundle: Bundle, name: str) -> Path:
+    """The transformer of a bundle with TTT nodes that are plugins', in a file of its own."""
+    manifest = bundle.manifest
+    entry = manifest.graphs[name]
+    dtype = TORCH_DTYPES[manifest.dtype]
+    module = with_placeholder_weights(lambda: DiffusionTransformer(manifest.model.transformer), dtype)
+    graph = transformer_graph(module, manifest.model, name.removeprefix("transformer-"))
+    graph = dataclasses.replace(graph, op_version=VERSION)
+    path = bundle.path(entry.file).with_name(f"plugins-{graph.length}.onnx")
+    save(
+        trace(graph), path, lay_out(lazy_state(graph.module.state_dict()), bundle.path(entry.weights), dtype), graph.ttt
+    )
+    return path
 
 
 def build_scan(folder: Path, op: TTTKind, dtype: DType, shapes: Sequence[Sequence[int]], gpu: str) -> EngineFile:

@@ -24,8 +24,9 @@ MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
 @pytest.mark.parametrize("ttt", MINI_BATCH)
 def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> None:
     """`benchmarks/full_size.py` shows what it takes."""
-    model, mini_batch = preset("5B", ttt), MINI_BATCH[ttt]
-    xq = ("batch", 48, TOKENS[length] // mini_batch, mini_batch, 64)
+    model, mini_batch, tokens = preset("5B", ttt), MINI_BATCH[ttt], TOKENS[length]
+    clip, table = ("batch", tokens, 3072), (tokens // mini_batch, mini_batch)
+    expected = [clip, clip, clip, ("batch", tokens, 48), (), *[(*table, 32)] * 2, table, table, (48, 64), (48, 64)]
     (graph,) = component_graphs(
         with_placeholder_weights(lambda: DiffusionTransformer(model.transformer), torch.bfloat16), model, [length]
     )
@@ -40,9 +41,10 @@ def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> N
     shapes = {
         value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
         for value in (*proto.graph.value_info, *proto.graph.input)
-    }
+    } | {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
     assert len(nodes) == 2 * 42
     for node in nodes:
-        found = [shapes[name] for name in (*node.input[:4], node.output[0])]
-        assert found == [xq, xq, xq, xq[:4], xq], node.name
+        assert shapes[node.output[0]] == clip, node.name
+        found = [shapes.get(name, ()) for name in node.input[: len(expected)]]
+        assert found == expected, node.name

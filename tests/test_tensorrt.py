@@ -57,6 +57,7 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import preset, tiny
+from ttt_video_engine.runtime.ttt_op import VERSION
 
 Run = Callable[..., tuple[int, str, str]]
 WAYS = ("forward", "backward")
@@ -78,7 +79,8 @@ def request(
         path.parent.mkdir(parents=True, exist_ok=True)
         shared = path.with_name(WEIGHTS_FILE)
         weights = write_module(graph.module, shared)
-        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
+        traced = onnx_graph.trace(dataclasses.replace(graph, op_version=VERSION))
+        onnx_graph.save(traced, path, weights, graph.ttt)
     inputs, outputs = onnx_graph.read_signature(path)
     return BuildRequest(
         graph=graph.name,

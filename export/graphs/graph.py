@@ -14,6 +14,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
@@ -23,7 +24,7 @@ from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
-from ttt_video_engine.runtime.ttt_op import DOMAIN
+from ttt_video_engine.runtime.ttt_op import DOMAIN, PROJECTIONS_VERSION, VERSION, OpVersion
 
 OPSET = 20
 """Opset 20 is the first with Gelu in tanh form. TensorRT 10.0 and later support it."""
@@ -60,9 +61,10 @@ class Graph:
     """A graph to export: a module with named inputs and outputs.
 
     Only shapes and dtypes of weights and inputs matter, so the module may have placeholder weights. `ttt` is the kind
-    of its TTT nodes, None if it has none. `length` is the clip length of the graph, "any" if all lengths share it.
-    `layers` is the attribute that holds the module's list of identical layers, empty if it has none. With `inline`,
-    TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are int8 (`quantize.py`).
+    of its TTT nodes, None if it has none, `op_version` their version. `length` is the clip length of the graph, "any"
+    if all lengths share it. `layers` is the attribute that holds the module's list of identical layers, empty if it has
+    none. With `inline`, TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are
+    int8 (`quantize.py`).
     """
 
     name: str
@@ -75,6 +77,7 @@ class Graph:
     layers: str = ""
     inline: bool = False
     quantize: Quantization = "none"
+    op_version: OpVersion = PROJECTIONS_VERSION
 
     @property
     def component(self) -> str:
@@ -107,7 +110,8 @@ def trace(graph: Graph) -> ir.Model:
 def _export_module(graph: Graph) -> ir.Model:
     module, inputs = graph.module, graph.inputs
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
-    nodes = nullcontext() if graph.ttt is None else scans_as_nodes(module, graph.ttt)
+    as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
+    nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
     with _silence_exporter(), torch.no_grad(), nodes:
         program = torch.onnx.export(
@@ -136,7 +140,8 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
     weights.attach(model)
     proto = ir.to_proto(model)
     if ttt is not None:
-        add_function_body(proto, ttt)
+        version = next(entry.version for entry in proto.opset_import if entry.domain == DOMAIN)
+        add_function_body(proto, ttt, VERSION if version == VERSION else PROJECTIONS_VERSION)
     if inline and ttt is not None:
         proto = inline_function_body(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -1,8 +1,9 @@
 """The TTT scan as an ONNX operator: a node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and its function body.
 
-A TensorRT plugin implements the node. The body, an ONNX function of the same name in standard operators, computes the
-recurrence of `reference/ttt.py` with few operators per mini-batch. Values that do not depend on the inner weights are
-computed for the whole sequence: targets before the loop, the norm of the outputs after it.
+This is version 1, which a TensorRT plugin implements; `projections_op.py` has version 2. The body, an ONNX function of
+the same name in standard operators, computes the recurrence of `reference/ttt.py` with few operators per mini-batch.
+Values that do not depend on the inner weights are computed for the whole sequence: targets before the loop, the norm of
+the outputs after it.
 
 Shapes, with NC mini-batches of C tokens, H heads of size F and the MLP's hidden size K: XQ, XK and XV [B, H, NC, C, F];
 eta [B, H, NC, C]; norm_weight and norm_bias [H, F]; TTT-Linear's W1 [H, F, F] and b1 [H, 1, F]; TTT-MLP's W1 [H, F, K],
@@ -19,9 +20,11 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
+from ttt_video_engine.export.graphs.projections_body import projections_body
+from ttt_video_engine.export.graphs.ttt_steps import LINEAR_STEP, MLP_CONSTANTS, MLP_STEP
 from ttt_video_engine.reference.ttt_layer import TTTLayer
 from ttt_video_engine.runtime.config import TTTKind
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, VERSION
+from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, VERSION, OpVersion
 
 
 @contextmanager
@@ -49,19 +52,20 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
             del layer.scan  # restores the method of the class
 
 
-def function_body(kind: TTTKind, opset: int) -> onnx.FunctionProto:
+def function_body(kind: TTTKind, opset: int, version: OpVersion = VERSION) -> onnx.FunctionProto:
     """The node's function in standard operators. `opset` must be that of the model."""
-    function = onnx.parser.parse_function({"linear": _LINEAR, "mlp": _MLP}[kind])
+    text = {"linear": _LINEAR, "mlp": _MLP}[kind] if version == VERSION else projections_body(kind)
+    function = onnx.parser.parse_function(text)
     function.opset_import.append(onnx.helper.make_opsetid("", opset))
     return function
 
 
-def add_function_body(model: onnx.ModelProto, kind: TTTKind) -> None:
-    """Adds the function that defines TTT nodes to a model that has them."""
+def add_function_body(model: onnx.ModelProto, kind: TTTKind, version: OpVersion = VERSION) -> None:
+    """Adds the function that defines TTT nodes of a version to a model that has them."""
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    model.functions.append(function_body(kind, opset))
+    model.functions.append(function_body(kind, opset, version))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))
 
 
 def inline_function_body(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -107,27 +111,6 @@ _PROLOGUE = """
     go_on = Constant <value = bool {1}> ()
 """
 
-# One mini-batch: the backward pass of LayerNorm, from z [B, H, C, F], the inner output for k, to `projected`.
-# The step is `projected` times the learning rate of the token over std. TensorRT's parser does not support
-# LayerNormalization with more than one output, so the standard deviation is computed here.
-_INNER_GRADIENT = """
-      z_mean = ReduceMean (z, last_axis)
-      centred = Sub (z, z_mean)
-      squares = ReduceSumSquare (centred, last_axis)
-      variance = Mul (squares, one_over_head_dim)
-      variance_eps = Add (variance, epsilon)
-      std = Sqrt (variance_eps)
-      normalised = Div (centred, std)
-      scaled = Mul (gamma_squared, normalised)
-      grad = Sub (scaled, target)
-      grad_mean = ReduceMean (grad, last_axis)
-      grad_along = Mul (grad, normalised)
-      along_mean = ReduceMean (grad_along, last_axis)
-      along = Mul (normalised, along_mean)
-      without_mean = Sub (grad, grad_mean)
-      projected = Sub (without_mean, along)
-"""
-
 # After the loop: q + LN(f(q)) for all queries at once. z_read [NC, B, H, C, F] becomes [B, H, NC, C, F].
 _EPILOGUE = """
     read = Transpose <perm = [1, 2, 0, 3, 4]> (z_read)
@@ -160,24 +143,11 @@ TTTLinear (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1) => (XQW)
       q = Gather <axis = 2> (Q, j)
       target = Gather <axis = 2> (target_all, j)
       rate_j = Gather <axis = 2> (rate, j)
-      kW = MatMul (k, W)
-      z = Add (kW, b)
-{_INNER_GRADIENT}
-      rate_over_std = Div (rate_j, std)
-      step = Mul (projected, rate_over_std)
-      W_step = MatMul (k_T, step)
-      W_next = Sub (W, W_step)
-      b_step = ReduceSum (step, token_axis)
-      b_next = Sub (b, b_step)
-      qW = MatMul (q, W_next)
-      z_q = Add (qW, b_next)
-    }}>
+{LINEAR_STEP}    }}>
 {_EPILOGUE}
 }}
 """
 
-# GELU in tanh form is x·σ(u) with u = √(8/π)·(x + 0.044715x³), because ½(1 + tanh(u/2)) = σ(u). That saves elementwise
-# passes over the hidden layer. Its derivative is σ + x·σ·(1 − σ)·u′, with u′ = u_linear + 3·u_cubic·x².
 _MLP = f"""
 <domain: "{DOMAIN}", opset_import: []>
 TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
@@ -199,11 +169,7 @@ TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
     b1_first = Expand (b1_32, b1_shape)
     W2_first = Expand (W2_32, W2_shape)
     b2_first = Expand (b2_32, b2_shape)
-    one = Constant <value_float = 1.0> ()
-    three = Constant <value_float = 3.0> ()
-    u_linear = Constant <value_float = 1.59576912> ()
-    u_cubic = Constant <value_float = 0.0713548163> ()
-    W1_last, b1_last, W2_last, b2_last, z_read =
+{MLP_CONSTANTS}    W1_last, b1_last, W2_last, b2_last, z_read =
       Loop (num_mini_batches, go_on, W1_first, b1_first, W2_first, b2_first) <body = mini_batch (
       int64 j, bool go, float[B, H, F, K] W1_j, float[B, H, 1, K] b1_j, float[B, H, K, F] W2_j, float[B, H, 1, F] b2_j
     ) => (
@@ -217,43 +183,7 @@ TTTMLP (XQ, XK, XV, eta, norm_weight, norm_bias, W1, b1, W2, b2) => (XQW)
       q = Gather <axis = 2> (Q, j)
       target = Gather <axis = 2> (target_all, j)
       rate_j = Gather <axis = 2> (rate, j)
-      kW1 = MatMul (k, W1_j)
-      z1 = Add (kW1, b1_j)
-      z1_squared = Mul (z1, z1)
-      cubic_term = Mul (z1_squared, u_cubic)
-      u_over_z1 = Add (cubic_term, u_linear)
-      u = Mul (z1, u_over_z1)
-      cdf = Sigmoid (u)
-      hidden = Mul (z1, cdf)
-      hW2 = MatMul (hidden, W2_j)
-      z = Add (hW2, b2_j)
-{_INNER_GRADIENT}
-      rate_over_std = Div (rate_j, std)
-      step2 = Mul (projected, rate_over_std)
-      W2_T = Transpose <perm = [0, 1, 3, 2]> (W2_j)
-      step_hidden = MatMul (step2, W2_T)
-      slope_cubic = Mul (cubic_term, three)
-      u_slope = Add (slope_cubic, u_linear)
-      one_minus_cdf = Sub (one, cdf)
-      hidden_slope = Mul (hidden, one_minus_cdf)
-      slope_product = Mul (hidden_slope, u_slope)
-      gelu_slope = Add (slope_product, cdf)
-      step1 = Mul (step_hidden, gelu_slope)
-      W1_step = MatMul (k_T, step1)
-      W1_next = Sub (W1_j, W1_step)
-      b1_step = ReduceSum (step1, token_axis)
-      b1_next = Sub (b1_j, b1_step)
-      hidden_T = Transpose <perm = [0, 1, 3, 2]> (hidden)
-      W2_step = MatMul (hidden_T, step2)
-      W2_next = Sub (W2_j, W2_step)
-      b2_step = ReduceSum (step2, token_axis)
-      b2_next = Sub (b2_j, b2_step)
-      qW1 = MatMul (q, W1_next)
-      q1 = Add (qW1, b1_next)
-      q_hidden = Gelu <approximate = "tanh"> (q1)
-      qW2 = MatMul (q_hidden, W2_next)
-      z_q = Add (qW2, b2_next)
-    }}>
+{MLP_STEP}    }}>
 {_EPILOGUE}
 }}
 """

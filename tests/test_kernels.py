@@ -161,7 +161,7 @@ CASES: list[tuple[TTTKind, str, DType, int, int]] = [
     ("linear", "sm_89", "bfloat16", 16, 0),
     ("linear", "sm_90", "float16", 16, 0),
     ("linear", "sm_120", "bfloat16", 16, 0),
-    ("linear", "sm_89", "float32", 16, 512),
+    ("linear", "sm_89", "float32", 16, 128),
     ("mlp", "sm_89", "bfloat16", 64, 2400),
     ("mlp", "sm_90", "bfloat16", 64, 2400),
 ]

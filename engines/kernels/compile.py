@@ -30,7 +30,7 @@ MAX_REGISTERS = 255
 
 KERNELS: dict[TTTKind, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
 PRECISIONS: dict[TTTKind, dict[DType, str]] = {
-    "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "tf32"},
+    "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
     "mlp": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
 }
 """Precision of the factors of matrix products, by tensor dtype. Sums and inner weights are always float32. In the

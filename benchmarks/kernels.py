@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from simple_scan import simple_linear
 
 from ttt_video_engine.engines.cuda import DeviceArray, DeviceBuffer, Stream, device, to_device
-from ttt_video_engine.engines.kernels.compile import NoKernel, assemble, compile_kernel, constants
+from ttt_video_engine.engines.kernels.compile import NoKernel, assemble, compile_kernel, compile_staged_mlp, constants
 from ttt_video_engine.engines.kernels.cubin import Cubin, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
 from ttt_video_engine.runtime.config import TTTKind
@@ -62,20 +62,23 @@ def main() -> None:
             f"{gpu.name} ({gpu.gpu}): copies {copy / 1e9:.0f} GB/s, bfloat16 products {products / 1e12:.0f} TFLOP/s\n"
         )
         rows = []
-        for op in MINI_BATCH:
+        for op, staged in (("linear", False), ("mlp", False), ("mlp", True)):
             for length in LENGTHS:
                 for batch in (1, 2):
-                    rows.append(print_row(scan_row(stream, Path(folder), gpu.gpu, op, length, batch)))
+                    rows.append(print_row(scan_row(stream, Path(folder), gpu.gpu, op, staged, length, batch)))
         print(table(["scan", "tokens", "batch", "ms", "TFLOP/s", "GB/s", "simple ms", "faster"], rows))
 
 
-def scan_row(stream: Stream, folder: Path, gpu: str, op: TTTKind, length: str, batch: int) -> list[str]:
+def scan_row(stream: Stream, folder: Path, gpu: str, op: TTTKind, staged: bool, length: str, batch: int) -> list[str]:
     model, mini_batch = preset("5B", op), MINI_BATCH[op]
     tokens = model.clip_size(length).num_tokens(model.transformer.patch_size)
     sizes = {"mini_batch_size": mini_batch, "head_dim": HEAD_DIM}
-    name = [f"TTT-{op} {length}", f"{tokens:,}", f"{batch}"]
+    name = [f"TTT-{op}{' staged' if staged else ''} {length}", f"{tokens:,}", f"{batch}"]
     try:
-        cubin = compile_kernel(op, gpu=gpu, dtype="bfloat16", folder=folder, **sizes)
+        if staged:
+            cubin = compile_staged_mlp(gpu=gpu, folder=folder)
+        else:
+            cubin = compile_kernel(op, gpu=gpu, dtype="bfloat16", folder=folder, **sizes)
     except NoKernel as reason:
         return [*name, str(reason), "", "", "", ""]
     cubin, code = read_cubin(folder, Path(cubin.file).stem)

@@ -65,19 +65,21 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def full_width_inputs(op: TTTKind, mini_batch_size: int, weight_std: float) -> dict[str, Tensor]:
+def full_width_inputs(
+    op: TTTKind, mini_batch_size: int, weight_std: float, heads: int = HEADS, tokens: int = TOKENS
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=generator) * std
 
-    clip = (1, HEADS, TOKENS // mini_batch_size, mini_batch_size, HEAD_DIM)
+    clip = (1, heads, tokens // mini_batch_size, mini_batch_size, HEAD_DIM)
     hidden = {"linear": (HEAD_DIM,), "mlp": (4 * HEAD_DIM, HEAD_DIM)}[op]
     weights, width = {}, HEAD_DIM
     for layer, out in enumerate(hidden, start=1):
         weights |= {
-            f"W{layer}": normal(HEADS, width, out, std=weight_std),
-            f"b{layer}": normal(HEADS, 1, out, std=weight_std),
+            f"W{layer}": normal(heads, width, out, std=weight_std),
+            f"b{layer}": normal(heads, 1, out, std=weight_std),
         }
         width = out
     base_lr = {"linear": 1.0, "mlp": 0.1}[op]
@@ -86,22 +88,28 @@ def full_width_inputs(op: TTTKind, mini_batch_size: int, weight_std: float) -> d
         "XK": functional.normalize(normal(*clip), dim=-1),
         "XV": normal(*clip),
         "eta": base_lr * torch.rand(*clip[:-1], generator=generator) / HEAD_DIM / mini_batch_size,
-        "norm_weight": 1 + normal(HEADS, HEAD_DIM, std=0.1),
-        "norm_bias": normal(HEADS, HEAD_DIM, std=0.1),
+        "norm_weight": 1 + normal(heads, HEAD_DIM, std=0.1),
+        "norm_bias": normal(heads, HEAD_DIM, std=0.1),
         **weights,
     }
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print(scans(), transformers(), sep="\n\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="351168 for 63 s")
+    parser.add_argument("--scans", action="store_true", help="only the scans")
+    arguments = parser.parse_args()
+    print(scans(arguments.heads, arguments.tokens))
+    if not arguments.scans:
+        print("", transformers(), sep="\n")
 
 
-def scans() -> str:
+def scans(heads: int, tokens: int) -> str:
     rows = []
     for weight_std in STDS:
         for op, scan, mini_batch_size in (("linear", ttt_linear, 16), ("mlp", ttt_mlp, 64)):
-            inputs = full_width_inputs(op, mini_batch_size, weight_std)
+            inputs = full_width_inputs(op, mini_batch_size, weight_std, heads, tokens)
             exact = scan(*inputs.values())
             for dtype, precision in PRECISIONS[op].items():
                 if precision not in ROUNDINGS:

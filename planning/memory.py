@@ -33,7 +33,7 @@ RESIDENT_THREADS = 132 * 2048
 """Threads that run at the same time on an H100 or H200; an RTX 5090 has 170 * 1536. CUDA reserves the stack of a kernel
 for each of them."""
 KERNEL_STACKS: dict[TTTKind, dict[DType, int]] = {
-    "linear": {"float32": 336, "float16": 0, "bfloat16": 0},
+    "linear": {"float32": 136, "float16": 0, "bfloat16": 0},
     "mlp": {"float32": 7320, "float16": 3152, "bfloat16": 2400},
 }
 """Bytes of stack per thread of the TTT kernels, for heads of 64: the most of all architectures, by the tensors' dtype.

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from ttt_video_engine.engines.kernels.compile import SHARED_MEMORY, NoKernel, compile_kernel
-from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.compile import SHARED_MEMORY, NoKernel, compile_kernel, compile_staged_mlp
+from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name, read_cubin
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
@@ -161,7 +161,7 @@ CASES: list[tuple[TTTKind, str, DType, int, int]] = [
     ("linear", "sm_89", "bfloat16", 16, 0),
     ("linear", "sm_90", "float16", 16, 0),
     ("linear", "sm_120", "bfloat16", 16, 0),
-    ("linear", "sm_89", "float32", 16, 512),
+    ("linear", "sm_89", "float32", 16, 128),
     ("mlp", "sm_89", "bfloat16", 64, 2400),
     ("mlp", "sm_90", "bfloat16", 64, 2400),
 ]
@@ -230,26 +230,43 @@ def test_a_cubin_that_is_not_what_was_compiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("op", "mini_batch_size"), [("linear", 16), ("linear", 64), ("mlp", 16), ("mlp", 64)])
 def test_a_cubin_on_this_gpu(tmp_path: Path, op: TTTKind, mini_batch_size: int, dtype: DType) -> None:
-    """48 heads of 64, both branches of guidance in one launch, into an output that is NaN before."""
-    from ttt_video_engine.engines.cuda import Stream, device, to_device
-    from ttt_video_engine.engines.kernels.launch import LoadedKernel
+    from ttt_video_engine.engines.cuda import device
 
-    gpu = device().gpu
+    sizes = {"mini_batch_size": mini_batch_size, "head_dim": 64}
     try:
-        cubin = compile_kernel(op, gpu=gpu, dtype=dtype, mini_batch_size=mini_batch_size, head_dim=64, folder=tmp_path)
+        cubin = compile_kernel(op, gpu=device().gpu, dtype=dtype, folder=tmp_path, **sizes)
     except NoKernel as reason:
         pytest.skip(str(reason))
-    inputs = random_inputs(op, (2, 48, 1024 // mini_batch_size, mini_batch_size, 64), DTYPES[dtype])
+    launch_and_check(tmp_path, cubin)
+
+
+@pytest.mark.gpu
+def test_the_staged_cubin_on_this_gpu(tmp_path: Path) -> None:
+    from ttt_video_engine.engines.cuda import device
+
+    try:
+        cubin = compile_staged_mlp(gpu=device().gpu, folder=tmp_path)
+    except NoKernel as reason:
+        pytest.skip(str(reason))
+    launch_and_check(tmp_path, cubin)
+
+
+def launch_and_check(folder: Path, cubin: Cubin) -> None:
+    """48 heads of 64, both branches of guidance in one launch, into an output that is NaN before."""
+    from ttt_video_engine.engines.cuda import Stream, to_device
+    from ttt_video_engine.engines.kernels.launch import LoadedKernel
+
+    dtype, sizes = DTYPES[cubin.dtype], (48, 1024 // cubin.mini_batch_size)
+    inputs = random_inputs(cubin.op, (2, *sizes, cubin.mini_batch_size, 64), dtype)
     poisoned = torch.full_like(inputs["XQ"], float("nan"))
     stream = Stream()
     arrays = [to_device(_bits(tensor), stream) for tensor in (*inputs.values(), poisoned)]
-    kernel = LoadedKernel(*read_cubin(tmp_path, Path(cubin.file).stem))
+    kernel = LoadedKernel(*read_cubin(folder, Path(cubin.file).stem))
     pointers = [array.buffer.pointer for array in arrays]
-    sizes = (48, 1024 // mini_batch_size)
     kernel.launch(stream.handle, 2 * 48, pointers, sizes)
     stream.synchronize("a TTT kernel")
-    found = torch.from_numpy(np.asarray(arrays[-1])).view(DTYPES[dtype])
-    check(found, inputs, op, ON_CHIP[dtype])
+    found = torch.from_numpy(np.asarray(arrays[-1])).view(dtype)
+    check(found, inputs, cubin.op, ON_CHIP[cubin.dtype])
     with refused_with(BackendError, cubin.file, "XK", 16):
         kernel.launch(stream.handle, 2 * 48, [pointers[0], pointers[1] + 2, *pointers[2:]], sizes)
     with refused_with(BackendError, cubin.file, len(pointers) - 1, "XQ", "XK"):

@@ -12,7 +12,9 @@ import msgspec
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from ttt_video_engine.engines.kernels import ttt_mlp_staged
 from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name
 from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
 from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
@@ -30,11 +32,16 @@ MAX_REGISTERS = 255
 
 KERNELS: dict[TTTKind, Any] = {"linear": ttt_linear, "mlp": ttt_mlp}
 PRECISIONS: dict[TTTKind, dict[DType, str]] = {
-    "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "tf32"},
+    "linear": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
     "mlp": {"float32": "tf32x3", "float16": "tf32", "bfloat16": "bf16"},
 }
 """Precision of the factors of matrix products, by tensor dtype. Sums and inner weights are always float32. In the
 larger tiles of the MLP, wider factors would spill more registers and exceed the shared memory of smaller GPUs."""
+
+STAGED_SIZE = (64, 64)
+"""Tokens of a mini-batch and head dimension of the staged kernel."""
+SLOPES_SHARED = 131 << 10
+"""Bytes of shared memory that the staged kernel takes with its slopes; without, 99 KiB."""
 
 _DTYPES: dict[DType, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SCRATCH = ("global_scratch", "profile_scratch")
@@ -62,26 +69,47 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
     values = constants(op, dtype, mini_batch_size, head_dim)
     types = {name: _argument_type(name, dtype) for name in _parameters(op)}
     compiled = assemble(KERNELS[op], types, values, gpu=gpu, num_warps=num_warps(op, head_dim))
-    name, code = cubin_name(op, gpu, dtype, mini_batch_size, head_dim), compiled.asm["cubin"]
+    name = cubin_name(op, gpu, dtype, mini_batch_size, head_dim)
+    sizes = {"op": op, "gpu": gpu, "dtype": dtype, "mini_batch_size": mini_batch_size, "head_dim": head_dim}
+    return _write(compiled, folder, name, tuple(types), source_digest(op), sizes)
+
+
+def compile_staged_mlp(*, gpu: str, folder: Path) -> Cubin:
+    """Like `compile_kernel`, for TTT-MLP in bfloat16, with the kernel of `ttt_mlp_staged.py`.
+
+    Same name, arguments and launch. No GPU has run this kernel, and Triton's interpreter cannot; so the export does not
+    use it.
+    """
+    mini_batch_size, head_dim = STAGED_SIZE
+    _check_size("mlp", gpu, mini_batch_size, head_dim)
+    values = {"C": mini_batch_size, "F": head_dim, "SLOPES_SHARED": SHARED_MEMORY[gpu] << 10 >= SLOPES_SHARED}
+    types = {name: _argument_type(name, "bfloat16") for name in _parameters("mlp")}
+    compiled = assemble(ttt_mlp_staged.ttt_mlp, types, values, gpu=gpu, num_warps=ttt_mlp_staged.WARPS)
+    name = cubin_name("mlp", gpu, "bfloat16", mini_batch_size, head_dim)
+    sizes = {"op": "mlp", "gpu": gpu, "dtype": "bfloat16", "mini_batch_size": mini_batch_size, "head_dim": head_dim}
+    return _write(compiled, folder, name, tuple(types), source_digest("mlp", "ttt_mlp_staged.py"), sizes)
+
+
+def _write(
+    compiled: Any, folder: Path, name: str, parameters: tuple[str, ...], source: str, sizes: Mapping[str, Any]
+) -> Cubin:
+    """Checks a compiled kernel, writes it and its description, and returns this."""
+    gpu, code = sizes["gpu"], compiled.asm["cubin"]
     limit = SHARED_MEMORY[gpu] << 10
     if compiled.metadata.shared > limit:
         raise NoKernel(f"{name} needs {compiled.metadata.shared:,} bytes of shared memory, {gpu} has {limit:,}")
     registers, stack = _resources(code)
     cubin = Cubin(
-        op=op,
-        gpu=gpu,
-        dtype=dtype,
-        mini_batch_size=mini_batch_size,
-        head_dim=head_dim,
+        **sizes,
         entry=compiled.metadata.name,
         num_warps=compiled.metadata.num_warps,
         shared_memory=compiled.metadata.shared,
         registers=registers,
         spills=stack,
-        parameters=(*types, *_SCRATCH),
+        parameters=(*parameters, *_SCRATCH),
         file=f"{name}.cubin",
         sha256=hashlib.sha256(code).hexdigest(),
-        source_sha256=source_digest(op),
+        source_sha256=source,
         triton=triton.__version__,
     )
     with atomic_write(folder / cubin.file) as partial:
@@ -99,7 +127,7 @@ def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) ->
 def assemble(
     kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], *, gpu: str, num_warps: int, num_stages: int = 1
 ) -> Any:
-    """Compiles a Triton kernel for an architecture.
+    """Compiles a Triton or Gluon kernel for an architecture.
 
     `types` are Triton's types of the launch arguments, `values` the compile-time arguments. The compiler assumes that
     pointers are aligned to 16 bytes.
@@ -108,17 +136,18 @@ def assemble(
     signature = {name: "constexpr" if name in values else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     places = {(names.index(name),): value for name, value in values.items()}
-    source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, constexprs=places, attrs=aligned)
     target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
 
-def source_digest(op: TTTKind) -> str:
-    """sha256 of the source files of a kernel."""
+def source_digest(op: TTTKind, file: str | None = None) -> str:
+    """sha256 of the source files of a kernel, in `file` or its operator's."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("tiles.py", f"ttt_{op}.py"):
+    for name in ("tiles.py", file or f"ttt_{op}.py"):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
 

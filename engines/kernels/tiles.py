@@ -16,7 +16,7 @@ def product(a, b, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
@@ -37,19 +37,49 @@ def store_transposed(tensor, row, tile, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def normalise(z_FC, F: tl.constexpr):
-    """(z − mean) / std and 1 / std of each token, with the biased variance."""
-    mean_C = tl.sum(z_FC, axis=0) / F
-    centred_FC = z_FC - mean_C[None, :]
-    inverse_std_C = tl.rsqrt(tl.sum(centred_FC * centred_FC, axis=0) / F + EPSILON)
-    return centred_FC * inverse_std_C[None, :], inverse_std_C
+def centred(weights, F: tl.constexpr):
+    """Weights or a bias without their mean over the output channels, which are the first axis.
+
+    LayerNorm ignores that mean: f(x) only loses a constant over the channels. And a gradient through LayerNorm has no
+    mean over the channels, so steps leave the weights centred.
+    """
+    return weights - tl.sum(weights, axis=0, keep_dims=True) / F
 
 
 @triton.jit
-def loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F: tl.constexpr):
-    """∂/∂z of ½‖LN(z) − target‖², multiplied for each token by its learning rate."""
-    normalised_FC, inverse_std_C = normalise(z_FC, F)
-    grad_FC = (gamma_F[:, None] * normalised_FC + beta_F[:, None] - target_FC) * gamma_F[:, None]
-    mean_C = tl.sum(grad_FC, axis=0) / F
-    along_C = tl.sum(grad_FC * normalised_FC, axis=0) / F
-    return (grad_FC - mean_C[None, :] - normalised_FC * along_C[None, :]) * (inverse_std_C * rate_C)[None, :]
+def add_six(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
+
+
+@triton.jit
+def loss_sums(z_FC, offset_FC, read_FC, gamma_F):
+    """The sums over channels, each [C], that `loss_step` needs of a centred z, then Σ read² of a centred `read`.
+
+    One reduction: warps exchange their sums once instead of five times.
+    """
+    scaled_FC = (gamma_F * gamma_F)[:, None] * z_FC
+    squares_FC, read_squares_FC = z_FC * z_FC, read_FC * read_FC
+    terms = (squares_FC, scaled_FC, scaled_FC * z_FC, offset_FC, offset_FC * z_FC, read_squares_FC)
+    return tl.reduce(terms, 0, add_six)
+
+
+@triton.jit
+def loss_step(z_FC, offset_FC, rate_C, gamma_F, sums, F: tl.constexpr):
+    """∂/∂z of ½‖LN(z) − target‖² for a centred z, multiplied for each token by its learning rate.
+
+    With n = z/std, the gradient before LayerNorm's own is g = γ²·n + offset, where offset = γ·(β − target). Its mean
+    and the mean of g·n follow from the sums of `loss_sums`.
+    """
+    inverse_std_C = tl.rsqrt(sums[0] / F + EPSILON)
+    mean_C = (inverse_std_C * sums[1] + sums[3]) / F
+    along_C = (inverse_std_C * sums[2] + sums[4]) * inverse_std_C / F
+    grad_FC = (gamma_F * gamma_F)[:, None] * z_FC * inverse_std_C[None, :] + offset_FC
+    along_FC = z_FC * (inverse_std_C * along_C)[None, :]
+    return (grad_FC - mean_C[None, :] - along_FC) * (inverse_std_C * rate_C)[None, :]
+
+
+@triton.jit
+def read_norm(read_FC, squares_C, gamma_F, beta_F, F: tl.constexpr):
+    """γ·LN(read) + β of a centred `read` with these sums of squares."""
+    inverse_std_C = tl.rsqrt(squares_C / F + EPSILON)
+    return read_FC * inverse_std_C[None, :] * gamma_F[:, None] + beta_F[:, None]

@@ -13,14 +13,26 @@ for W2: its rows already are the hidden channels that are distributed over the w
 import triton
 import triton.language as tl
 
-from ttt_video_engine.engines.kernels.tiles import (
-    load_transposed,
-    loss_step,
-    normalise,
-    product,
-    store_transposed,
-    tile_offsets,
-)
+from ttt_video_engine.engines.kernels.tiles import EPSILON, load_transposed, product, store_transposed, tile_offsets
+
+
+@triton.jit
+def normalise(z_FC, F: tl.constexpr):
+    """(z − mean) / std and 1 / std of each token, with the biased variance."""
+    mean_C = tl.sum(z_FC, axis=0) / F
+    centred_FC = z_FC - mean_C[None, :]
+    inverse_std_C = tl.rsqrt(tl.sum(centred_FC * centred_FC, axis=0) / F + EPSILON)
+    return centred_FC * inverse_std_C[None, :], inverse_std_C
+
+
+@triton.jit
+def loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F: tl.constexpr):
+    """∂/∂z of ½‖LN(z) − target‖², multiplied for each token by its learning rate."""
+    normalised_FC, inverse_std_C = normalise(z_FC, F)
+    grad_FC = (gamma_F[:, None] * normalised_FC + beta_F[:, None] - target_FC) * gamma_F[:, None]
+    mean_C = tl.sum(grad_FC, axis=0) / F
+    along_C = tl.sum(grad_FC * normalised_FC, axis=0) / F
+    return (grad_FC - mean_C[None, :] - normalised_FC * along_C[None, :]) * (inverse_std_C * rate_C)[None, :]
 
 
 @triton.jit

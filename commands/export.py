@@ -16,7 +16,7 @@ from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
-from ttt_video_engine.runtime.settings import MAX_SEED, BackendName
+from ttt_video_engine.runtime.settings import MAX_SEED, GraphBackend
 from ttt_video_engine.runtime.video import frame_rate
 
 
@@ -73,7 +73,7 @@ def export(
             help="Frames per second of the videos, where sample states none.", show_default="16, 8 without TTT"
         ),
     ] = None,
-    engine: Annotated[BackendName, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
+    engine: Annotated[GraphBackend, typer.Option(help="tensorrt also compiles every graph.")] = "onnxruntime",
     gpu: Annotated[
         list[str] | None, typer.Option(help="Architecture to compile for, such as sm_89; may be given several times.")
     ] = None,

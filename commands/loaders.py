@@ -1,6 +1,6 @@
 """The loader of runners that options choose, and those options."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,12 +8,17 @@ from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
 from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.settings import BackendName
+
+if TYPE_CHECKING:
+    from ttt_video_engine.engines.torch.runner import TorchLoader
 
 ProviderOption = Annotated[
     ProviderName | None,
-    typer.Option("--provider", help="Where ONNX Runtime runs them.", show_default="cuda where it has it, else cpu"),
+    typer.Option(
+        "--provider", help="Where ONNX Runtime or torch runs them.", show_default="cuda where it has it, else cpu"
+    ),
 ]
 GpuMemoryOption = Annotated[
     str | None,
@@ -25,13 +30,30 @@ GpuMemoryOption = Annotated[
 
 def make_loader(
     bundle: Bundle, engine: BackendName, provider: ProviderName | None, gpu_memory: str | None, *, low_memory: bool
-) -> OnnxRuntimeLoader | TensorRTLoader:
-    """Loads graphs of a bundle. Raises ConfigError for an option of the other engine."""
+) -> "OnnxRuntimeLoader | TensorRTLoader | TorchLoader":
+    """Loads graphs of a bundle. Raises ConfigError for an option of another engine."""
     if engine == "tensorrt":
         if provider is not None:
-            raise ConfigError("--provider is for --engine onnxruntime: leave out one of the two")
+            raise ConfigError("--provider is for --engine onnxruntime and torch: leave out one of the two")
         limit = None if gpu_memory is None else parse_memory(gpu_memory)
         return TensorRTLoader(bundle, low_memory=low_memory, gpu_memory=limit)
     if gpu_memory is not None:
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
+    if engine == "torch":
+        return _torch_loader(bundle, provider)
     return OnnxRuntimeLoader(bundle, provider=provider)
+
+
+def _torch_loader(bundle: Bundle, provider: ProviderName | None) -> "TorchLoader":
+    if provider == "tensorrt":
+        raise ConfigError("--provider tensorrt is for --engine onnxruntime: give cpu or cuda")
+    try:
+        from ttt_video_engine.engines.torch.runner import TorchLoader
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ttt_video_engine"):
+            raise
+        raise BackendError(f"{error.name} is not installed; run: pip install 'ttt-video-engine[torch]'") from error
+    loader = TorchLoader(bundle, device=provider)
+    if loader.warning:
+        typer.echo(f"warning: {loader.warning}", err=True)
+    return loader

@@ -20,7 +20,7 @@ from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.dtypes import Precision
 from ttt_video_engine.runtime.errors import ConfigError
 from ttt_video_engine.runtime.quantization import Quantization
-from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.settings import GraphBackend
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the preset's")] = None,
     num_steps: Annotated[int, typer.Option(help="Denoising steps.", min=1, max=1000)] = 50,
     engine: Annotated[
-        BackendName | None,
+        GraphBackend | None,
         typer.Option(
             help="What is to run the graphs.", show_default="tensorrt for bfloat16 and --gpu-memory, else onnxruntime"
         ),

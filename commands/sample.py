@@ -205,7 +205,7 @@ def sample(
     if codec not in (None, settings.codec):
         settings = replace(settings, crf=None)  # of the bundle's codec
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
-    pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider))
+    pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider, loader.environment()))
     jobs = pipeline.prepare(boards, settings, output_dir, overwrite=overwrite)
     options = RenderOptions(
         checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
@@ -311,9 +311,16 @@ def _json_log(path: Path | None, display: RenderDisplay) -> Iterator[OnEvent]:
         yield write
 
 
-def _text_cache(bundle: Bundle, engine: BackendName, provider: ProviderName | None) -> TextCache:
+def _text_cache(
+    bundle: Bundle, engine: BackendName, provider: ProviderName | None, environment: dict[str, str]
+) -> TextCache:
+    """The cache of the texts that this engine has encoded: another's embeddings differ in the last bits."""
     providers = available_providers() if provider is None else PROVIDERS.get(provider, (provider,))
-    runs_on = " ".join((engine, ort.__version__, *providers)) if engine == "onnxruntime" else engine
+    runs_on = {
+        "onnxruntime": " ".join((engine, ort.__version__, *providers)),
+        "tensorrt": engine,
+        "torch": " ".join(environment.get(name, "") for name in ("engine", "torch", "device")),
+    }[engine]
     return TextCache(
         cache_folder("text"),
         f"{bundle.component_digest(TEXT_ENCODER)} {runs_on}",

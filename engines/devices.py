@@ -44,7 +44,7 @@ def survey() -> Survey:
         no_gpu = str(error)
     providers = [_provider(name, no_gpu) for name in PROVIDERS]
     plugins = [_plugin(name) for name in PLUGINS]
-    packages = [_package("tensorrt", gpus, no_gpu), _package("tensorrt_rtx", gpus, no_gpu)]
+    packages = [_package("tensorrt", gpus, no_gpu), _package("tensorrt_rtx", gpus, no_gpu), _torch()]
     return Survey((*providers, *plugins, *packages), gpus, no_gpu)
 
 
@@ -94,8 +94,15 @@ def _package(name: PackageName, gpus: tuple[Device, ...], no_gpu: str) -> Backen
     return Backend(name, found, True, "")
 
 
+def _torch() -> Backend:
+    """torch runs on any CPU, and decides about GPUs when it is imported, which takes seconds."""
+    missing = [name for name in ("torch", "transformers") if _distribution_version(name) is None]
+    reason = f"{missing[0]} is not installed; run: pip install 'ttt-video-engine[torch]'" if missing else ""
+    return Backend("torch", _distribution_version("torch"), not missing, reason)
+
+
 def _distribution_version(name: str) -> str | None:
-    """Version of a package that is installed and does not load; None where it is not installed."""
+    """Version of a package that is installed, whether it loads or not; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

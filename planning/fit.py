@@ -28,7 +28,7 @@ from ttt_video_engine.runtime.config import ModelConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
-from ttt_video_engine.runtime.settings import BackendName
+from ttt_video_engine.runtime.settings import GraphBackend
 
 MORE_RAM = "add swap, or export on a machine with more RAM"
 """The cure where the RAM is too small for TensorRT to build an engine."""
@@ -92,7 +92,7 @@ class Fit(Struct, frozen=True, kw_only=True):
 
     model: ModelConfig
     asked: MemorySettings
-    engine: BackendName
+    engine: GraphBackend
     num_steps: int
     components: dict[str, ComponentNeeds]
     flops_per_step: int
@@ -112,7 +112,7 @@ class PlanInput:
 
     model: ModelConfig
     asked: MemorySettings
-    engine: BackendName
+    engine: GraphBackend
     num_steps: int
     disk: dict[str, int] | None = None
     activations: Activations = field(default_factory=dict)

@@ -9,8 +9,10 @@ from ttt_video_engine.runtime.config import TTTChoice
 Guidance = Literal["dynamic", "upstream", "constant"]
 Sampler = Literal["ddim", "dpmpp-2m-sde"]
 Codec = Literal["h264", "hevc", "av1"]
-BackendName = Literal["onnxruntime", "tensorrt"]
-"""What runs the graphs: the values of `--engine`."""
+BackendName = Literal["onnxruntime", "tensorrt", "torch"]
+"""What runs the components: the values of `--engine` where videos are made."""
+GraphBackend = Literal["onnxruntime", "tensorrt"]
+"""What runs ONNX graphs, or engines that are built from them. torch needs no graph, only the weights."""
 MAX_SEED = (1 << 63) - 1
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 """The seeds that both NumPy and torch accept."""

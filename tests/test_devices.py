@@ -21,7 +21,7 @@ from ttt_video_engine.runtime.errors import BackendError
 
 Run = Callable[..., tuple[int, str, str]]
 PROVIDERS = ["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx", "openvino"]
-NAMES = [*(f"onnxruntime {name}" for name in PROVIDERS), "tensorrt", "tensorrt_rtx"]
+NAMES = [*(f"onnxruntime {name}" for name in PROVIDERS), "tensorrt", "tensorrt_rtx", "torch"]
 
 has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
 without_cuda = pytest.mark.skipif(has_cuda, reason="this ONNX Runtime has the CUDA provider")

@@ -1,0 +1,1 @@
+"""Runs the reference's modules in PyTorch, with the weights of a bundle. The only engine that imports torch."""

@@ -296,6 +296,18 @@ def test_parity_fails_what_does_not_agree(run: Run, tmp_path: Path, options: tup
         assert json.loads(out)[0]["onnx_error"] == pytest.approx(0.01, rel=1e-2)
 
 
+def test_parity_of_torch(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("parity", "--golden", recordings(tmp_path / "golden", wrong_by=0), "--engine", "torch")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["recording", "kind", "reference", "torch"]
+    wrong = recordings(tmp_path / "wrong", wrong_by=0.01)
+    code, out, _ = run("parity", "--golden", wrong, "--engine", "torch", "--json")
+    assert code == 1 and json.loads(out)[0]["torch_error"] == pytest.approx(0.01, rel=1e-2)
+    names(refusal(run("parity", "--golden", wrong, "--engine", "tensorrt")), "--engine tensorrt", "torch")
+    bundle = ("--bundle", tmp_path, "--polygraphy", tmp_path / "out")
+    names(refusal(run("parity", *bundle, "--engine", "torch")), "--engine torch", "--golden")
+
+
 def test_parity_names_what_is_damaged(run: Run, tmp_path: Path) -> None:
     folder = recordings(tmp_path / "golden", wrong_by=0)
     path = folder / "op_ttt_linear.safetensors"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ttt_video_engine.export.parity.recordings import TOLERANCE, compare_recordings
+from ttt_video_engine.export.parity.recordings import TOLERANCE, EngineName, compare_recordings
 from ttt_video_engine.runtime.errors import CheckpointError, ConfigError, TTTVideoError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,7 +41,15 @@ def test_reference_and_graph_match_the_recording(name: str, tmp_path: Path) -> N
     assert comparison.recording == name
     assert comparison.kind == KINDS[name.split("_")[0]]
     assert comparison.reference_error < 1e-5
-    assert comparison.onnx_error < TOLERANCE
+    assert comparison.engine_error < TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("*.safetensors")))
+def test_torch_matches_the_recording(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
+    (comparison,) = compare_recordings(tmp_path, engine="torch")
+    assert comparison.kind == KINDS[name.split("_")[0]]
+    assert comparison.engine_error < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -54,15 +62,16 @@ def test_reference_and_graph_match_the_recording(name: str, tmp_path: Path) -> N
     ],
 )
 @pytest.mark.parametrize(("wrong_by", "least"), [(1e-2, 9e-3), (float("nan"), float("inf"))])
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 def test_one_wrong_value_is_over_tolerance(
-    name: str, output: str, wrong_by: float, least: float, tmp_path: Path
+    name: str, output: str, wrong_by: float, least: float, engine: EngineName, tmp_path: Path
 ) -> None:
     def change(tensors: Tensors, _: dict[str, str]) -> None:
         tensors[output].view(-1)[7] += wrong_by
 
     rewrite(name, tmp_path, change)
-    (comparison,) = compare_recordings(tmp_path)
-    assert min(comparison.reference_error, comparison.onnx_error) >= least > TOLERANCE
+    (comparison,) = compare_recordings(tmp_path, engine=engine)
+    assert min(comparison.reference_error, comparison.engine_error) >= least > TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["op_ttt_linear.safetensors", "op_ttt_mlp.safetensors"])
@@ -84,7 +93,7 @@ def test_a_scan_may_have_a_batch(name: str, batch_axis: bool, tmp_path: Path) ->
 
     rewrite(name, tmp_path, change)
     (comparison,) = compare_recordings(tmp_path)
-    assert max(comparison.reference_error, comparison.onnx_error) < 1e-5
+    assert max(comparison.reference_error, comparison.engine_error) < 1e-5
 
 
 def test_recordings_are_run_by_name_and_told_before_they_run(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ttt_video_engine.engines.torch import scan as torch_scan
 from ttt_video_engine.engines.torch.components import component_of
 from ttt_video_engine.engines.torch.runner import TorchArray, TorchLoader, TorchRunner
 from ttt_video_engine.engines.torch.scan import KernelScan, use_scan
-from ttt_video_engine.engines.torch.weights import WeightSource, with_stored_weights
+from ttt_video_engine.engines.torch.weights import WeightSource, named_by_graph, with_stored_weights
 from ttt_video_engine.export.graphs.components import component_graphs
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.parity.gate import tolerance as gate_tolerance
@@ -138,7 +138,7 @@ def written(
         tensors.append(tensor)
     model = onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors))
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return module, WeightSource(folder / "model.onnx", file.path, "transformer.", DTYPES[dtype])
+    return module, named_by_graph(folder / "model.onnx", file.path, "transformer.", DTYPES[dtype])
 
 
 @pytest.mark.parametrize(
@@ -176,18 +176,19 @@ def test_weights_and_velocity_in_every_precision(tmp_path: Path, dtype: torch.dt
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     _, source = written(tmp_path, torch.float32)
     build = component_of("transformer-3s", MODEL).build
-    with refused_with(BundleError, source.graph):  # W1 has another shape
+    with refused_with(BundleError, source.path):  # W1 has another shape
         with_stored_weights(component_of("transformer-3s", tiny("linear")).build, source, CPU)
-    with refused_with(BundleError, source.graph):  # half as long
+    with refused_with(BundleError, source.path):  # half as long
         with_stored_weights(build, replace(source, dtype="bfloat16"), CPU)
-    with refused_with(BundleError, source.graph):
+    with refused_with(BundleError, source.path):
         with_stored_weights(lambda: nn.Linear(2, 2), source, CPU)
-    source.weights.write_bytes(b"short")
-    with refused_with(BundleError, source.graph):
-        with_stored_weights(build, source, CPU)
-    source.weights.unlink()
-    with refused_with(BundleError, source.weights):
-        with_stored_weights(build, source, CPU)
+    graph = tmp_path / "model.onnx"
+    source.path.write_bytes(b"short")
+    with refused_with(BundleError, graph):
+        named_by_graph(graph, source.path, source.prefix, source.dtype)
+    source.path.unlink()
+    with refused_with(BundleError, source.path):
+        named_by_graph(graph, source.path, source.prefix, source.dtype)
 
 
 # A GPU, in what can be seen without one

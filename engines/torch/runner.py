@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttt_video_engine.engines.tensorrt.engine import KERNELS
 from ttt_video_engine.engines.torch.components import Component, component_of
 from ttt_video_engine.engines.torch.scan import REFERENCE, find_scan, use_scan
-from ttt_video_engine.engines.torch.weights import WeightSource, with_stored_weights
+from ttt_video_engine.engines.torch.weights import named_by_graph, with_stored_weights
 from ttt_video_engine.reference.ttt_layer import Scan
 from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT, Bundle
 from ttt_video_engine.runtime.dtypes import TensorDType
@@ -149,7 +149,7 @@ class TorchLoader:
     def __call__(self, graph: str) -> TorchRunner:
         entry, manifest = self._bundle.graph(graph), self._bundle.manifest
         component = component_of(graph, manifest.model)
-        source = WeightSource(
+        source = named_by_graph(
             self._bundle.path(entry.file), self._bundle.path(entry.weights), component.prefix, manifest.dtype
         )
         module = with_stored_weights(component.build, source, self._device)

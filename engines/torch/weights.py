@@ -1,4 +1,4 @@
-"""Loads a component's weights from the bundle's weight file. A graph's ONNX file says where in it each weight is."""
+"""Loads a component's weights from the bundle's weight file. The ONNX graph says where in it each weight is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,17 +24,30 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 M = TypeVar("M", bound=nn.Module)
 
 
+ByteRange = tuple[int, int]
+"""(offset, length) in bytes."""
+
+
 @dataclass(frozen=True)
 class WeightSource:
-    """A graph, the weight file that it names, and the dtype of the weights.
+    """A weight file: the byte range of each weight by name, and the dtype of the weights.
 
     The weights have the names of the module behind `prefix`.
     """
 
-    graph: Path
-    weights: Path
+    path: Path
+    places: Mapping[str, ByteRange]
     prefix: str
     dtype: DType
+
+
+def named_by_graph(graph: Path, weights: Path, prefix: str, dtype: DType) -> WeightSource:
+    """The weight file of an ONNX graph, whose external data names the weights. Raises BundleError for a damaged one."""
+    if not weights.is_file():
+        raise BundleError(f"{weights}: is missing; {EXPORT_AGAIN}")
+    check_external_data(graph, weights, weights.stat().st_size)
+    entries = ((name, dict(pairs)) for name, pairs in external_data(graph.read_bytes()))
+    return WeightSource(weights, {name: (int(e["offset"]), int(e["length"])) for name, e in entries}, prefix, dtype)
 
 
 def with_stored_weights(build: Callable[[], M], source: WeightSource, device: torch.device) -> M:
@@ -58,40 +71,31 @@ def with_stored_weights(build: Callable[[], M], source: WeightSource, device: to
 
 
 class _StoredWeights:
-    """The weights of a weight file by the names that a graph has for them, each read where it is asked for."""
+    """The weights of a weight file by the names of a source, each read where it is asked for."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._dtype = TORCH_DTYPES[source.dtype]
-        if not source.weights.is_file():
-            raise BundleError(f"{source.weights}: is missing; {EXPORT_AGAIN}")
-        check_external_data(source.graph, source.weights, source.weights.stat().st_size)
-        self._places = {name: _place(dict(entries)) for name, entries in external_data(source.graph.read_bytes())}
         # Copy on write: torch takes no memory that cannot be written.
-        self._content = np.memmap(source.weights, np.uint8, mode="c")
+        self._content = np.memmap(source.path, np.uint8, mode="c")
 
     def read(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
-        """The weight of the first of `names` that the graph has."""
+        """The weight of the first of `names` that the file has."""
         for name in (self._source.prefix + name for name in names):
-            if name in self._places:
+            if name in self._source.places:
                 return self._tensor(name, shape, self._dtype)
-            if name + INTEGERS in self._places:
+            if name + INTEGERS in self._source.places:
                 rows, columns = shape
                 integers = self._tensor(name + INTEGERS, (columns, rows), torch.int8)
                 return integers.t().to(self._dtype) * self._tensor(name + SCALES, (rows,), self._dtype)[:, None]
-        raise BundleError(f"{self._source.graph}: has no weight {self._source.prefix}{names[0]}; {EXPORT_AGAIN}")
+        raise BundleError(f"{self._source.path}: has no weight {self._source.prefix}{names[0]}; {EXPORT_AGAIN}")
 
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        offset, length = self._places.get(name, (0, -1))
+        offset, length = self._source.places.get(name, (0, -1))
         count = torch.Size(shape).numel()
         if length != count * dtype.itemsize:
             raise BundleError(
-                f"{self._source.graph}: {name} has {max(length, 0):,} bytes; {list(shape)} in {dtype} takes "
+                f"{self._source.path}: {name} has {max(length, 0):,} bytes; {list(shape)} in {dtype} takes "
                 f"{count * dtype.itemsize:,}; {EXPORT_AGAIN}"
             )
         return torch.frombuffer(self._content, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-def _place(entries: Mapping[str, str]) -> tuple[int, int]:
-    """(offset, length) in bytes, which `check_external_data` has found to be numbers."""
-    return int(entries["offset"]), int(entries["length"])

@@ -1,4 +1,4 @@
-"""Compares recordings of the public code with the PyTorch reference and with freshly exported graphs.
+"""Compares recordings of the public code with the PyTorch reference and with graphs that an engine runs.
 
 A recording is a safetensors file with weights, inputs and the outputs of the public code. The name of its output says
 what it records; sizes come from its metadata and its tensors.
@@ -10,22 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
-from ttt_video_engine.export.graphs import graph as onnx_graph
-from ttt_video_engine.export.graphs import ttt_op
 from ttt_video_engine.export.graphs.components import TransformerGraph, transformer_inputs, vae_graphs
 from ttt_video_engine.export.graphs.graph import Graph, Input
-from ttt_video_engine.export.graphs.weights import write_module
+from ttt_video_engine.export.parity.onnx_graphs import OnnxGraphs
+from ttt_video_engine.export.parity.torch_graphs import TorchGraphs
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.reference.ttt_layer import Scan
@@ -33,17 +30,18 @@ from ttt_video_engine.reference.vae import VaeDecoder, windows
 from ttt_video_engine.runtime.bundle import CACHE_IN, CACHE_OUT
 from ttt_video_engine.runtime.config import ClipSize, DiffusionConfig, TransformerConfig, TTTKind, VaeConfig
 from ttt_video_engine.runtime.errors import BackendError, CheckpointError, ConfigError
+from ttt_video_engine.runtime.runner import HostOrDeviceArray, Runner
 from ttt_video_engine.runtime.sampler import Array, Velocities, guided, sample
 from ttt_video_engine.runtime.schedule import make_schedule
 from ttt_video_engine.runtime.settings import Sampler
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
 
 TOLERANCE = 1e-4
 """The largest absolute error in float32 that passes."""
 
 Kind = Literal["transformer", "ttt scan", "vae decoder", "sampler"]
+EngineName = Literal["onnxruntime", "torch"]
 Errors = tuple[float, float]
-"""The largest absolute error of the reference, and of ONNX Runtime."""
+"""The largest absolute error of the reference, and of the engine."""
 
 STAND_IN = "v = 0.6*tanh(x) + 0.2*cos(t/100) + 0.1*mean(text) + 0.05*std_unbiased(text)*x"
 """The network in recordings of the sampler, as their config spells it; mean and std are over the whole text."""
@@ -58,17 +56,20 @@ _Config = TypeVar("_Config", bound=msgspec.Struct)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute errors of the reference and of ONNX Runtime on one recording; infinite for NaN."""
+    """Largest absolute errors of the reference and of an engine on one recording; infinite for NaN."""
 
     recording: str
     kind: Kind
     reference_error: float
-    onnx_error: float
+    engine_error: float
 
 
-def compare_recordings(folder: Path, on_start: Callable[[str], None] | None = None) -> Iterator[Comparison]:
+def compare_recordings(
+    folder: Path, on_start: Callable[[str], None] | None = None, engine: EngineName = "onnxruntime"
+) -> Iterator[Comparison]:
     """Compares every `*.safetensors` in `folder`, in the order of names; calls `on_start` with the name before each.
 
+    ONNX Runtime runs graphs that are exported for it, torch the reference's modules with weights from a file.
     Raises CheckpointError immediately if the folder or its recordings are missing, and later for a file that is damaged
     or not a recording; ConfigError for a config that no model can have.
     """
@@ -77,10 +78,12 @@ def compare_recordings(folder: Path, on_start: Callable[[str], None] | None = No
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not paths:
         raise CheckpointError(f"{folder}: holds no .safetensors; give the folder that holds the recordings")
-    return _compare_all(paths, on_start)
+    return _compare_all(paths, on_start, engine)
 
 
-def _compare_all(paths: Sequence[Path], on_start: Callable[[str], None] | None) -> Iterator[Comparison]:
+def _compare_all(
+    paths: Sequence[Path], on_start: Callable[[str], None] | None, engine: EngineName
+) -> Iterator[Comparison]:
     for path in paths:
         if on_start is not None:
             on_start(path.name)
@@ -88,10 +91,10 @@ def _compare_all(paths: Sequence[Path], on_start: Callable[[str], None] | None) 
         kind, compare = _kind(recording)
         with TemporaryDirectory(prefix="ttt-video-parity-") as scratch, torch.no_grad():
             try:
-                reference_error, onnx_error = compare(recording, Path(scratch))
+                reference_error, engine_error = compare(recording, _engine(engine, Path(scratch)))
             except BackendError as error:
                 raise BackendError(f"{path}: {error}") from error
-        yield Comparison(path.name, kind, reference_error, onnx_error)
+        yield Comparison(path.name, kind, reference_error, engine_error)
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,15 @@ class _Recording:
         return float("inf") if np.isnan(error) else error
 
 
-_Compare = Callable[[_Recording, Path], Errors]
+class _Engine(Protocol):
+    """Opens graphs of one component, or the scan of a recording."""
+
+    def open(self, graphs: Sequence[Graph]) -> Sequence[Runner]: ...
+
+    def open_scan(self, ttt: TTTKind, scan: nn.Module, inputs: Mapping[str, Tensor]) -> Runner: ...
+
+
+_Compare = Callable[[_Recording, _Engine], Errors]
 
 
 def _load(path: Path) -> _Recording:
@@ -196,7 +207,7 @@ def _kind(recording: _Recording) -> tuple[Kind, _Compare]:
     raise CheckpointError(f"{recording.path}: is no known recording (has none of {', '.join(kinds)}); remove it")
 
 
-def _compare_transformer(recording: _Recording, folder: Path) -> Errors:
+def _compare_transformer(recording: _Recording, engine: _Engine) -> Errors:
     """video [B, T, C, H, W], text [B, S, N, text_dim], timestep [B] → velocity like video."""
     ttt = _TTT_KINDS[recording.choice("ssm_layer", _TTT_KINDS)]
     config = recording.config_as(TransformerConfig, ttt=ttt)
@@ -215,7 +226,7 @@ def _compare_transformer(recording: _Recording, folder: Path) -> Errors:
         inputs = [replace(i, example=i.example.float()) if i.name == "timestep" else i for i in graph.inputs]
         graph = replace(graph, inputs=tuple(inputs))
     arrays = {"latents": video.numpy(), "text": text.numpy(), "timestep": timestep.numpy()}
-    with _open(*_export([graph], folder)) as runner:
+    with engine.open([graph])[0] as runner:
         return reference_error, recording.error("output.velocity", np.asarray(runner.run(arrays)["velocity"]))
 
 
@@ -231,7 +242,7 @@ def _recorded_transformer(
     )
 
 
-def _compare_scan(recording: _Recording, folder: Path) -> Errors:
+def _compare_scan(recording: _Recording, engine: _Engine) -> Errors:
     """XQ, XK, XV [B, H, NC, CS, F], eta [B, H, NC, CS], norm [H, F], inner weights (batched or not) → XQW."""
     ttt: TTTKind = "mlp" if "input.W2" in recording.tensors else "linear"
     names = ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", *_INNER_WEIGHTS[ttt])
@@ -240,30 +251,12 @@ def _compare_scan(recording: _Recording, folder: Path) -> Errors:
         result = _SCANS[ttt](*inputs.values())
     reference_error = recording.error("output.XQW", result.numpy())
 
-    path = folder / "scan.onnx"
-    path.write_bytes(_scan_model(ttt, inputs).SerializeToString())
-    with _open(path) as runner:
+    with engine.open_scan(ttt, _Scan(ttt), inputs) as runner:
         outputs = runner.run({name: value.contiguous().numpy() for name, value in inputs.items()})
     return reference_error, recording.error("output.XQW", np.asarray(outputs["XQW"]))
 
 
-def _scan_model(ttt: TTTKind, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """One TTT node and its body."""
-
-    def value(name: str, like: Tensor) -> onnx.ValueInfoProto:
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(like.shape))
-
-    node = onnx.helper.make_node(OP_TYPES[ttt], list(inputs), ["XQW"], domain=DOMAIN)
-    values = [value(name, tensor) for name, tensor in inputs.items()]
-    graph = onnx.helper.make_graph([node], "scan", values, [value("XQW", inputs["XQ"])])
-    opsets = [onnx.helper.make_opsetid("", onnx_graph.OPSET)]
-    model = onnx.helper.make_model_gen_version(graph, opset_imports=opsets)
-    ttt_op.add_function_body(model, ttt)
-    onnx.checker.check_model(model)
-    return model
-
-
-def _compare_vae(recording: _Recording, folder: Path) -> Errors:
+def _compare_vae(recording: _Recording, engine: _Engine) -> Errors:
     """Unscaled latents [B, C, T, H, W] → frames [B, 3, T', 8H, 8W], not clamped."""
     config = recording.config_as(VaeConfig)
     decoder = VaeDecoder(config).eval()
@@ -273,25 +266,26 @@ def _compare_vae(recording: _Recording, folder: Path) -> Errors:
         frames = torch.cat(list(decoder.decode(latents)), dim=2)
     reference_error = recording.error("output.frames", frames.numpy())
 
-    first_path, next_path = _export(vae_graphs(decoder, height=latents.shape[3], width=latents.shape[4]), folder)
-    with _open(first_path) as first, _open(next_path) as following:
+    graphs = vae_graphs(decoder, height=latents.shape[3], width=latents.shape[4])
+    first_window, later_windows = engine.open(graphs)
+    with first_window as first, later_windows as following:
         clips = [_decode(first, following, clip, config.temporal_window) for clip in latents.transpose(1, 2).split(1)]
     return reference_error, recording.error("output.frames", np.concatenate(clips))
 
 
-def _decode(first: OnnxRuntimeRunner, following: OnnxRuntimeRunner, latents: Tensor, window_size: int) -> Array:
+def _decode(first: Runner, following: Runner, latents: Tensor, window_size: int) -> Array:
     """Frames [1, 3, T', 8H, 8W] of one clip [1, T, C, H, W], decoded window by window."""
     frames: list[NDArray[np.generic]] = []
-    caches: dict[str, NDArray[np.generic]] = {}
+    caches: dict[str, HostOrDeviceArray] = {}
     for window in windows(latents.shape[1], window_size):
         runner = following if caches else first
         outputs = runner.run({"latents": latents[:, window].contiguous().numpy(), **caches})
-        frames.append(outputs.pop("frames"))
-        caches = {CACHE_IN + name.removeprefix(CACHE_OUT): cache for name, cache in outputs.items()}
+        frames.append(np.asarray(outputs["frames"]))
+        caches = {CACHE_IN + name.removeprefix(CACHE_OUT): cache for name, cache in outputs.items() if name != "frames"}
     return np.concatenate(frames, axis=2).astype(np.float32, copy=False)
 
 
-def _compare_sampler(recording: _Recording, folder: Path) -> Errors:
+def _compare_sampler(recording: _Recording, engine: _Engine) -> Errors:
     """Initial noise of any shape and one noise per step → x and denoised of every step, with a stand-in network."""
     recording.choice("model", {STAND_IN: ""})
     texts = recording.array("input.neg_text"), recording.array("input.text")
@@ -305,16 +299,16 @@ def _compare_sampler(recording: _Recording, folder: Path) -> Errors:
     x, text = recording.tensor("input.noise"), recording.tensor("input.text")
     examples = {"x": x, "text": text, "timestep": torch.tensor([999])}
     inputs = tuple(Input(name, example, {}) for name, example in examples.items())
-    with _open(*_export([Graph("stand-in", "stand-in.onnx", _StandIn(), inputs, ("velocity",))], folder)) as runner:
+    with engine.open([Graph("stand-in", "stand-in.onnx", _StandIn(), inputs, ("velocity",))])[0] as runner:
 
-        def in_onnx(x: Array, timestep: int) -> tuple[Array, Array]:
+        def in_engine(x: Array, timestep: int) -> tuple[Array, Array]:
             t = np.array([timestep])
             unconditional, conditional = (
                 np.asarray(runner.run({"x": x, "text": text, "timestep": t})["velocity"], np.float32) for text in texts
             )
             return unconditional, conditional
 
-        return reference_error, _sampling_error(recording, in_onnx)
+        return reference_error, _sampling_error(recording, in_engine)
 
 
 def _sampling_error(recording: _Recording, velocities: Velocities) -> float:
@@ -349,14 +343,16 @@ class _StandIn(nn.Module):
         return 0.6 * torch.tanh(x) + bias + 0.05 * text.std() * x
 
 
-def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
-    """Exports the graphs of one component, which share a weight file. Returns their paths."""
-    weights = write_module(graphs[0].module, folder / "model.onnx_data")
-    paths = [folder / Path(graph.file).name for graph in graphs]
-    for graph, path in zip(graphs, paths, strict=True):
-        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
-    return paths
+class _Scan(nn.Module):
+    """A scan of the reference, with the inputs of the TTT operator."""
+
+    def __init__(self, ttt: TTTKind) -> None:
+        super().__init__()
+        self._scan = _SCANS[ttt]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._scan(*inputs)
 
 
-def _open(path: Path) -> OnnxRuntimeRunner:
-    return OnnxRuntimeRunner(path, *onnx_graph.read_signature(path))
+def _engine(name: EngineName, folder: Path) -> _Engine:
+    return OnnxGraphs(folder) if name == "onnxruntime" else TorchGraphs(folder)

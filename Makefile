@@ -12,7 +12,7 @@ CASES ?= 100000
 SEED ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo judge wheel test stress powercut diskfaults fuzz short bench bench-export clean
+.PHONY: demo judge wheel test stress powercut diskfaults fuzz short bench bench-export gpu clean
 
 demo: $(VENV)  ## exports the demo model and renders three scenes with it
 	$(EXPORT) demo/checkpoint --length 9s --output $(BUNDLE)
@@ -58,6 +58,9 @@ bench: $(VENV)
 
 bench-export: $(VENV)  ## exports a full-size transformer; needs 34 GB of disk for a few minutes
 	$(BIN)/python benchmarks/export.py
+
+gpu: $(VENV)  ## what an NVIDIA GPU says of this project, in a report; under eight minutes
+	$(BIN)/python benchmarks/first_contact.py
 
 clean:
 	rm -rf .venv bundles output fuzz-failures build dist *.egg-info $(EMBEDDED)

@@ -55,7 +55,7 @@ def main() -> None:
             scan = scan and torch.compiler.disable(scan)
             module.layers[0].compile(dynamic=False)
         use_scan(module, scan)
-        for batch in (1, 2):
+        for batch in (1, 2) if options.mode == "engine" else (2,):
             text = (size.num_scenes, size.text_length, config.text_dim)
             shapes = {"latents": (batch, *latent_shape(model, size)), "text": (batch, *text)}
             random = np.random.default_rng(0)

@@ -73,7 +73,7 @@ def steps(cubins: str | None) -> list[Step]:
             Step(f"a full-width layer, {length}", (*python, *layer, "--length", length), seconds, TORCH)
             for length, seconds in (("3s", 50), ("9s", 40), ("63s", 60))
         ),
-        Step("a layer with torch.compile", (*python, *layer, "--length", "9s", "--mode", "compile"), 60, TORCH),
+        Step("a layer with torch.compile", (*python, *layer, "--length", "9s", "--mode", "compile"), 90, TORCH),
         Step("a layer as a CUDA graph", (*python, *layer, "--length", "3s", "--mode", "graph"), 30, TORCH),
         Step("tiny renders by every backend", (*python, str(HERE / "contact_render.py")), 120, COMMANDS),
         Step("TensorRT engines with plugins", pytest, 90, (*COMMANDS, "pytest", "hypothesis", "tensorrt|tensorrt_rtx")),

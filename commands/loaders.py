@@ -45,8 +45,8 @@ def make_loader(
 
 
 def _torch_loader(bundle: Bundle, provider: ProviderName | None) -> "TorchLoader":
-    if provider == "tensorrt":
-        raise ConfigError("--provider tensorrt is for --engine onnxruntime: give cpu or cuda")
+    if provider not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--provider {provider} is for --engine onnxruntime: give cpu or cuda")
     try:
         from ttt_video_engine.engines.torch.runner import TorchLoader
     except ModuleNotFoundError as error:

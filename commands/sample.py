@@ -319,7 +319,7 @@ def _text_cache(
     runs_on = {
         "onnxruntime": " ".join((engine, ort.__version__, *providers)),
         "tensorrt": engine,
-        "torch": " ".join(environment.get(name, "") for name in ("engine", "torch", "device")),
+        "torch": " ".join(environment.get(name, "") for name in ("engine", "torch", "provider", "gpu")),
     }[engine]
     return TextCache(
         cache_folder("text"),

@@ -336,7 +336,7 @@ def test_a_video_is_that_of_onnx_runtime(run: Run, shared_bundle: Path, tmp_path
     assert sidecar["environment"] == {
         "engine": "torch",
         "torch": torch.__version__,
-        "device": "cpu",
+        "provider": "cpu",
         "scan": "reference",
     }
     # Decoded by torch, from the latents of the other.

@@ -134,8 +134,14 @@ class TorchLoader:
         self._device = open_device(device)
         self._scan, scan = self._find_scan()
         self.warning = f"TTT layers run without a kernel, many times slower: {scan}" if self._is_slow() else ""
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        self._environment = {"engine": "torch", "torch": str(torch.__version__), "device": name, "scan": scan}
+        gpu = {"gpu": torch.cuda.get_device_name(self._device)} if self._device.type == "cuda" else {}
+        self._environment = {
+            "engine": "torch",
+            "torch": str(torch.__version__),
+            "provider": self._device.type,
+            **gpu,
+            "scan": scan,
+        }
 
     def check(self, graphs: Iterable[str]) -> None:
         """Raises BundleError where the bundle lacks one of these graphs."""

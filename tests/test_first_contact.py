@@ -41,17 +41,17 @@ def test_without_a_gpu_the_report_says_so(contact: Any, tmp_path: Path) -> None:
 
 def test_a_step_that_hangs_is_killed_with_its_children_and_what_it_found_is_kept(contact: Any, tmp_path: Path) -> None:
     alive = tmp_path / "alive"
-    child = f"import time; time.sleep(3); open({str(alive)!r}, 'w')"
+    child = f"import time; time.sleep(1.5); open({str(alive)!r}, 'w')"
     code = (
         "import os, subprocess, sys, time\n"
         "open(os.environ['CONTACT_ROWS'], 'a').write('{\"kernel\": 1}\\n')\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         "time.sleep(60)"
     )
-    outcome = contact.run(step(contact, code), 1.5)
+    outcome = contact.run(step(contact, code), 0.8)
     assert (outcome.status, outcome.rows) == ("failed", [{"kernel": 1}])
-    assert outcome.reason and 1 < outcome.seconds < 9
-    time.sleep(3)
+    assert outcome.reason and outcome.seconds < 9
+    time.sleep(1.5)
     assert not alive.exists()
 
 

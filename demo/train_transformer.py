@@ -56,7 +56,9 @@ STAGES = (
     Stage(14140, ((1, 8),), text_rate=1.0, high=900, high_share=1.0),  # then `demo.train_text`
     Stage(15150, ((1, 8),), high=850, high_share=0.9),
     Stage(16400, ((1, 8), (3, 3)), high=850, high_share=0.75),
-    Stage(17600, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),
+    Stage(17600, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),  # published
+    Stage(26000, ((1, 8), (3, 3)), high_share=0.6),
+    Stage(28000, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),
 )
 
 

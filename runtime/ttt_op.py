@@ -31,8 +31,9 @@ PROJECTIONS_INPUTS: dict[TTTKind, tuple[str, ...]] = {
 }
 """Version 2, with L = NC·CS tokens, D = H·F:
 
-XQ, XK, XV and the output [B, L, D], in the order of the model's tokens; rate_logits [B, L, H], whose sigmoid times
-rate_scale [], float32, is the learning rate; tokens, rate_tokens [NC, CS], int32: for each place of the scan the token
-that is there and the token whose learning rate it has, each token at one place; cos, sin [NC, CS, F/2], float32: the
-rotary embedding of each place, of pairs of neighbouring channels; norms and inner weights as in version 1.
+XQ, XK, XV and the output [B, L, D] are in the order of the model's tokens. rate_logits [B, L, H]: their sigmoid times
+rate_scale [], float32, is the learning rate. tokens [NC, CS], int32: the token at each place of the scan. rate_tokens
+[NC, CS], int32: the token whose learning rate that place takes. Each token occurs once in either. cos, sin
+[NC, CS, F/2], float32: the rotary embedding of each place, for pairs of neighbouring channels. Norms and inner weights
+are as in version 1.
 """

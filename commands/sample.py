@@ -10,7 +10,7 @@ import onnxruntime as ort
 import typer
 from msgspec.structs import replace
 
-from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader
+from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader, make_pair_loader
 from ttt_video_engine.commands.options import BundleOption, Debug, codec_option, crf_option
 from ttt_video_engine.commands.render_display import RenderDisplay, summary
 from ttt_video_engine.commands.stopping import StopSignals, resuming_command
@@ -116,6 +116,9 @@ def sample(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
+    guidance_parallel: Annotated[
+        bool, typer.Option("--guidance-parallel", help="Run the branches of guidance in two processes, on two GPUs.")
+    ] = False,
     width: Annotated[
         int | None, typer.Option(help="Pixels that the bundle must have (eval.image_width).", rich_help_panel=_BUNDLE)
     ] = None,
@@ -186,8 +189,14 @@ def sample(
             check_length(boards, asked_length)
     boards = _part(boards, shard)
     settings = opened.manifest.defaults
-    low_memory = low_memory or settings.low_memory
-    loader = make_loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
+    if guidance_parallel and low_memory:
+        raise ConfigError("--guidance-parallel already takes the memory of --low-memory on each GPU; leave out one")
+    low_memory = (low_memory or settings.low_memory) and not guidance_parallel
+    loader = (
+        make_pair_loader(opened, engine, provider, gpu_memory)
+        if guidance_parallel
+        else make_loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
+    )
     opened.check()
     asked = {
         "num_steps": _first(num_steps, stated.num_steps),

@@ -92,6 +92,7 @@ WEIGHTS = Artefact(
         "export/graphs/projections_body.py": "graphs",
         "export/graphs/projections_op.py": "graphs",
         "export/graphs/repeat.py": "graphs",
+        "export/graphs/timestep.py": "graphs",
         "export/graphs/ttt_op.py": "graphs",
         "export/graphs/ttt_steps.py": "graphs",
         "export/sources/stored_scale.py": "sets a field of the model's config",
@@ -117,6 +118,7 @@ GRAPHS = Artefact(
         "export/graphs/projections_*.py",
         "export/graphs/quantize.py",
         "export/graphs/repeat.py",
+        "export/graphs/timestep.py",
         "export/graphs/ttt_op.py",
         "export/graphs/ttt_steps.py",
         "export/graphs/weights.py",  # offsets of the weights

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
+from ttt_video_engine.export.graphs.timestep import accurate_timestep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
@@ -113,7 +114,7 @@ def _export_module(graph: Graph) -> ir.Model:
     as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
     nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
-    with _silence_exporter(), torch.no_grad(), nodes:
+    with _silence_exporter(), torch.no_grad(), nodes, accurate_timestep(module):
         program = torch.onnx.export(
             module,
             tuple(spec.example for spec in inputs),

@@ -60,8 +60,8 @@ STAGES = (
     Stage(16400, ((1, 8), (3, 3)), high=850, high_share=0.75),
     Stage(17600, ((1, 8), (3, 3)), high_share=0.6, rates=(1.0, 0.02)),  # published
     Stage(17850, ((1, 8), (3, 3)), high_share=0.6),
-    Stage(19800, ((3, 3), (1, 8), (3, 3), (6, 2)), high_share=0.6, figure_weight=4),
-    Stage(20800, ((3, 3), (1, 8), (3, 3), (6, 2), (21, 1)), high_share=0.6, rates=(1.0, 0.02), figure_weight=4),
+    Stage(19660, ((3, 3), (1, 8), (3, 3), (6, 2)), high_share=0.6, figure_weight=4),
+    Stage(20450, ((3, 3), (1, 8), (3, 3), (6, 2), (21, 1)), high_share=0.6, rates=(1.0, 0.02), figure_weight=4),
 )
 
 

@@ -88,6 +88,7 @@ WEIGHTS = Artefact(
     tools=("safetensors", "torch", "transformers"),
     excluded={
         **_NEVER_DECIDES,
+        "export/graphs/attention_op.py": "graphs",
         "export/graphs/graph.py": "traces graphs with placeholder weights",
         "export/graphs/projections_body.py": "graphs",
         "export/graphs/projections_op.py": "graphs",
@@ -113,6 +114,7 @@ WEIGHTS = Artefact(
 GRAPHS = Artefact(
     entry_points=("export/graphs/components.py", "export/graphs/graph.py"),
     sources=(
+        "export/graphs/attention_op.py",
         "export/graphs/components.py",
         "export/graphs/graph.py",
         "export/graphs/projections_*.py",

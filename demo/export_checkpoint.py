@@ -2,7 +2,8 @@
 
     python -m demo.export_checkpoint --output DIR
 
-makes DIR/checkpoint from the averaged weights in DIR/transformer.pt and DIR/vae.pt, in float16.
+makes DIR/checkpoint from the averaged weights in DIR/transformer.pt and DIR/vae.pt, in float16. A part that was not
+trained there is the published one.
 """
 
 import shutil
@@ -16,13 +17,20 @@ from demo.command_line import output_folder
 from demo.files import load
 from demo.text import FOLDER as TOKENIZER
 
+_PUBLISHED = Path(__file__).with_name("checkpoint")
+
 
 def export_checkpoint(training: Path, checkpoint: Path) -> None:
     """From the folder of a training to transformer/, vae/, text_encoder/ and tokenizer/, names as published."""
-    both, vae = load(training / "transformer.pt"), load(training / "vae.pt")
-    for part, prefix in (("transformer", "transformer."), ("text_encoder", "text_encoder.t5.")):
-        _write(checkpoint / part, _under(both["average"], prefix), both["num_done"])
-    _write(checkpoint / "vae", {f"decoder.{name}": value for name, value in vae["average"].items()}, vae["num_done"])
+    shutil.copytree(_PUBLISHED, checkpoint, dirs_exist_ok=True)
+    if (training / "transformer.pt").is_file():
+        both = load(training / "transformer.pt")
+        for part, prefix in (("transformer", "transformer."), ("text_encoder", "text_encoder.t5.")):
+            _write(checkpoint / part, _under(both["average"], prefix), both["num_done"])
+    if (training / "vae.pt").is_file():
+        vae = load(training / "vae.pt")
+        decoder = {f"decoder.{name}": value for name, value in vae["average"].items()}
+        _write(checkpoint / "vae", decoder, vae["num_done"])
     shutil.copytree(TOKENIZER, checkpoint / "tokenizer", dirs_exist_ok=True)
 
 

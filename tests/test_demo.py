@@ -30,6 +30,7 @@ from ttt_video_engine.reference.ttt import ttt_linear
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH
 from ttt_video_engine.runtime.config_file import resolve_config
 
+ROOT = Path(__file__).parents[1]
 _SMALL = replace(
     MODEL,
     transformer=replace(MODEL.transformer, model_dim=32, num_heads=2, num_layers=1, text_dim=32, time_embed_dim=16),
@@ -186,6 +187,9 @@ def test_published_weights_start_a_training(tmp_path: Path) -> None:
     decoder = train_vae.Training(0, (train_vae.Stage(2, 16, 16, 1),))
     _losses(first, 2)
     first.save(tmp_path / "transformer.pt")
+    export_checkpoint(tmp_path, tmp_path / "partly")
+    file = "vae/model.safetensors"
+    assert (tmp_path / "partly" / file).read_bytes() == (ROOT / "demo/checkpoint" / file).read_bytes()
     decoder.save(tmp_path / "vae.pt")
     export_checkpoint(tmp_path, tmp_path / "checkpoint")
     second = train_transformer.Training(1, _STAGES, _SMALL)

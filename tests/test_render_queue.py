@@ -272,7 +272,7 @@ def test_a_command_with_a_failing_video(run: Run, shared_bundle: Path, tmp_path:
     opened = open_bundle(shared_bundle)
     loaders = iter([StandInLoader(opened, spoil("transformer", 1, np.nan)), StandInLoader(opened)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
-    monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", lambda *_, **__: next(loaders))
+    monkeypatch.setattr("ttt_video_engine.commands.replica.make_loader", lambda *_, **__: next(loaders))
     many = storyboard_file(tmp_path / "many.jsonl", [{"text": "A"}], [{"text": "B"}])
     one = storyboard_file(tmp_path / "one.json", [{"text": "C"}])
     log = tmp_path / "log.jsonl"

@@ -1,0 +1,95 @@
+"""`sample --ray`: the actors that render, and what the command does with them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from queue import SimpleQueue
+from time import sleep
+from typing import Any
+
+import numpy as np
+
+from ttt_video_engine.commands.replica import Order, Replica, local_bundle
+from ttt_video_engine.commands.stopping import StopSignals
+from ttt_video_engine.runtime.bundle import open_bundle
+from ttt_video_engine.runtime.errors import BackendError
+from ttt_video_engine.runtime.events import Event, OnEvent, Outcome, VideoBusy
+from ttt_video_engine.runtime.storyboard import Storyboard
+
+BUSY_TRIES = 30
+"""Seconds that a worker waits for a video that another process has: it may be one that is about to end."""
+_NO_ARRAY = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the workers are, and how many of which size; None leaves it to the GPUs of the cluster."""
+
+    address: str
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+
+
+class RayReplica:
+    """An actor."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._replica: Replica | None = None
+
+    def ready(self) -> None:
+        """Raises what is wrong with the order here, such as a missing GPU."""
+        order = self._order
+        bundle = open_bundle(local_bundle(order.bundle))
+        self._replica = Replica(bundle, order)
+
+    def render(self, board: Storyboard, overwrite: bool) -> Iterator[Event]:
+        """The events of a video, without arrays; the last is its outcome."""
+        events = SimpleQueue[Event | None]()
+        with ThreadPoolExecutor(1) as pool:
+            rendering = pool.submit(self._render, board, overwrite, events)
+            rendering.add_done_callback(lambda _: events.put(None))
+            while (event := events.get()) is not None:
+                yield event
+            rendering.result()
+
+    def _render(self, board: Storyboard, overwrite: bool, events: "SimpleQueue[Event | None]") -> None:
+        assert self._replica is not None  # `ready` is called first
+        for attempt in range(BUSY_TRIES):
+            last = attempt + 1 == BUSY_TRIES
+            jobs = self._replica.prepare([board], overwrite=overwrite)
+            outcomes = self._replica.run(jobs, partial(_report, events=events, busy=last))
+            if not any(isinstance(outcome, VideoBusy) for outcome in outcomes.values()):
+                return
+            sleep(1)
+
+
+def render_on_ray(
+    cluster: Cluster, order: Order, boards: list[Storyboard], overwrite: bool, on_event: OnEvent, signals: StopSignals
+) -> dict[str, Outcome]:
+    """As `Pipeline.run`, with workers of a cluster of Ray. Raises BackendError where Ray or the cluster is missing."""
+    try:
+        from ttt_video_engine.replicas.ray_queue import RayQueue, connected, gpus_per_worker, number_of_workers
+    except ImportError as error:
+        raise BackendError("ray is not installed; run: pip install 'ttt-video-engine[ray]'") from error
+    with connected(cluster.address):
+        gpus = gpus_per_worker(cluster.gpus_per_worker)
+        workers = number_of_workers(cluster.workers, gpus)
+        queue = RayQueue(
+            RayReplica, (order.anywhere(),), gpus, on_event, lambda: signals.received is not None, overwrite=overwrite
+        )
+        return queue.run(boards, workers)
+
+
+def _report(event: Event, events: "SimpleQueue[Event | None]", *, busy: bool) -> None:
+    if busy or not isinstance(event, VideoBusy):
+        events.put(_without_arrays(event))
+
+
+def _without_arrays(event: Event) -> Event:
+    """The event with empty arrays: latents and frames do not travel. An error travels as far as it can be pickled."""
+    arrays: dict[str, Any] = {
+        one.name: _NO_ARRAY for one in fields(event) if isinstance(getattr(event, one.name), np.ndarray)
+    }
+    return replace(event, **arrays)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from queue import SimpleQueue
 from time import sleep
 from typing import Any
@@ -14,7 +13,7 @@ from ttt_video_engine.commands.replica import Order, Replica, local_bundle
 from ttt_video_engine.commands.stopping import StopSignals
 from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.errors import BackendError
-from ttt_video_engine.runtime.events import Event, OnEvent, Outcome, VideoBusy
+from ttt_video_engine.runtime.events import Event, OnEvent, Outcome, RenderWarning, VideoBusy
 from ttt_video_engine.runtime.storyboard import Storyboard
 
 BUSY_TRIES = 30
@@ -32,37 +31,48 @@ class Cluster:
 
 
 class RayReplica:
-    """An actor."""
+    """An actor. What it has to say are events of the video that it renders."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
         self._replica: Replica | None = None
+        self._events = SimpleQueue[Event | None]()
+        self._video = ""
 
     def ready(self) -> None:
         """Raises what is wrong with the order here, such as a missing GPU."""
-        order = self._order
-        bundle = open_bundle(local_bundle(order.bundle))
-        self._replica = Replica(bundle, order)
+        bundle = open_bundle(local_bundle(self._order.bundle, self._warn))
+        self._replica = Replica(bundle, self._order, self._warn)
 
     def render(self, board: Storyboard, overwrite: bool) -> Iterator[Event]:
         """The events of a video, without arrays; the last is its outcome."""
-        events = SimpleQueue[Event | None]()
+        self._events, self._video = SimpleQueue(), board.name
         with ThreadPoolExecutor(1) as pool:
-            rendering = pool.submit(self._render, board, overwrite, events)
-            rendering.add_done_callback(lambda _: events.put(None))
-            while (event := events.get()) is not None:
+            rendering = pool.submit(self._render, board, overwrite)
+            rendering.add_done_callback(lambda _: self._events.put(None))
+            while (event := self._events.get()) is not None:
                 yield event
             rendering.result()
 
-    def _render(self, board: Storyboard, overwrite: bool, events: "SimpleQueue[Event | None]") -> None:
+    def _render(self, board: Storyboard, overwrite: bool) -> None:
         assert self._replica is not None  # `ready` is called first
         for attempt in range(BUSY_TRIES):
-            last = attempt + 1 == BUSY_TRIES
             jobs = self._replica.prepare([board], overwrite=overwrite)
-            outcomes = self._replica.run(jobs, partial(_report, events=events, busy=last))
-            if not any(isinstance(outcome, VideoBusy) for outcome in outcomes.values()):
+            outcomes = self._replica.run(jobs, self._report)
+            busy = [outcome for outcome in outcomes.values() if isinstance(outcome, VideoBusy)]
+            if not busy:
                 return
-            sleep(1)
+            if attempt + 1 == BUSY_TRIES:
+                self._events.put(busy[0])
+            else:
+                sleep(1)
+
+    def _report(self, event: Event) -> None:
+        if not isinstance(event, VideoBusy):  # until all tries are used
+            self._events.put(_without_arrays(event))
+
+    def _warn(self, message: str) -> None:
+        self._events.put(RenderWarning(self._video, message))
 
 
 def render_on_ray(
@@ -80,11 +90,6 @@ def render_on_ray(
             RayReplica, (order.anywhere(),), gpus, on_event, lambda: signals.received is not None, overwrite=overwrite
         )
         return queue.run(boards, workers)
-
-
-def _report(event: Event, events: "SimpleQueue[Event | None]", *, busy: bool) -> None:
-    if busy or not isinstance(event, VideoBusy):
-        events.put(_without_arrays(event))
 
 
 def _without_arrays(event: Event) -> Event:

@@ -11,9 +11,10 @@ from ttt_video_engine.commands.loaders import make_loader
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.replicas.bundle_cache import fetch_bundle
 from ttt_video_engine.replicas.mirror import Mirror
-from ttt_video_engine.replicas.store import Store, is_uri, local_path
+from ttt_video_engine.replicas.store import Store, Warn, is_uri, local_path
 from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle
 from ttt_video_engine.runtime.demo_bundle import bundle_folder
+from ttt_video_engine.runtime.errors import printable
 from ttt_video_engine.runtime.events import Event, OnEvent, Outcome
 from ttt_video_engine.runtime.jobs import Job
 from ttt_video_engine.runtime.phases import RenderOptions
@@ -50,9 +51,12 @@ class Order:
 
 
 class Replica:
-    """Renders with an opened bundle what an order states. Raises what `make_loader`, `Bundle.check` and stores do."""
+    """Renders with an opened bundle what an order states. `warn` is told that a store does not answer.
 
-    def __init__(self, bundle: Bundle, order: Order) -> None:
+    Raises what `make_loader`, `Bundle.check` and stores do.
+    """
+
+    def __init__(self, bundle: Bundle, order: Order, warn: Warn) -> None:
         engine, output = order.engine, order.output
         low_memory = order.settings.low_memory
         loader = make_loader(bundle, engine.name, engine.provider, engine.gpu_memory, low_memory=low_memory)
@@ -84,12 +88,12 @@ class Replica:
         return {name: mirror.named(outcome) for name, outcome in outcomes.items()}
 
 
-def warn(message: str) -> None:
-    """A line on standard error, which Ray shows where the command runs."""
-    typer.echo(f"warning: {message}", err=True)
+def warn_on_terminal(message: str) -> None:
+    """Writes a line on standard error."""
+    typer.echo(f"warning: {printable(message)}", err=True)
 
 
-def local_bundle(place: str | None) -> Path:
+def local_bundle(place: str | None, warn: Warn) -> Path:
     """The folder of a bundle, which is fetched where `place` is a URI; that of the demo model where it is None."""
     if place is not None and is_uri(place):
         return fetch_bundle(Store(place, warn))

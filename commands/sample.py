@@ -12,7 +12,7 @@ from ttt_video_engine.commands.options import Debug, codec_option, crf_option
 from ttt_video_engine.commands.ray_render import Cluster, render_on_ray
 from ttt_video_engine.commands.render_display import RenderDisplay
 from ttt_video_engine.commands.rendering import run_and_report
-from ttt_video_engine.commands.replica import Engine, Order, Replica, local_bundle
+from ttt_video_engine.commands.replica import Engine, Order, Replica, local_bundle, warn_on_terminal
 from ttt_video_engine.commands.wandb_log import wandb_log
 from ttt_video_engine.planning.bundle_options import explain_bundle_options
 from ttt_video_engine.replicas.store import is_uri
@@ -176,7 +176,7 @@ def sample(
     stated = SamplingOptions() if config is None else sampling_options(config)
     for warning in stated.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    opened = open_bundle(local_bundle(bundle))
+    opened = open_bundle(local_bundle(bundle, warn_on_terminal))
     framed = explain_bundle_options(
         opened,
         width=_first(width, stated.width),
@@ -214,7 +214,7 @@ def sample(
         raise ConfigError("--wandb reads the files of a video: leave it out with --ray and with a URI")
     display = RenderDisplay(several=len(boards) > 1, quiet=log_json == Path("-"), at_once=cluster is not None)
     if cluster is None:
-        replica = Replica(opened, order)
+        replica = Replica(opened, order, warn_on_terminal)
         jobs = replica.prepare(boards, overwrite=overwrite)
         run_and_report(
             [job.name for job in jobs],

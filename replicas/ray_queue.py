@@ -49,7 +49,8 @@ def connected(address: str) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, as without Ray
     try:
-        ray.init(address=address or None, include_dashboard=None if address else False, configure_logging=False)
+        # What workers print would come on standard output, which has the paths of videos alone.
+        ray.init(address=address or None, include_dashboard=False, configure_logging=False, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise BackendError(f"--ray {address}: {brief(error)}; start one with: ray start --head") from error
     try:

@@ -5,9 +5,11 @@ object store, which every actor reaches by itself.
 """
 
 import os
+import socket
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,16 +49,29 @@ def connected(address: str) -> Iterator[None]:
 
     Raises BackendError where there is none at the address.
     """
+    _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, as without Ray
+    # Ray prints the deaths of workers on standard output, which has the paths of videos alone.
+    with redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address or None, include_dashboard=False, configure_logging=False, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise BackendError(f"--ray {address}: {brief(error)}; start one with: ray start --head") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises BackendError where nothing listens at HOST:PORT, which Ray tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host:  # "", or one of Ray's words
+        return
     try:
-        # What workers print would come on standard output, which has the paths of videos alone.
-        ray.init(address=address or None, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise BackendError(f"--ray {address}: {brief(error)}; start one with: ray start --head") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise BackendError(f"--ray {address}: {brief(error)}; give HOST:PORT as ray start --head prints it") from error
 
 
 def gpus_per_worker(stated: float | None) -> float:

@@ -70,8 +70,8 @@ def use_stand_in() -> None:
     def make_loader(bundle: Any, *_: object, **__: object) -> SlowLoader:
         return SlowLoader(bundle)
 
-    replica.make_loader = make_loader  # type: ignore[assignment]
-    ray_render.RayReplica = SlowReplica  # type: ignore[misc]
+    setattr(replica, "make_loader", make_loader)  # noqa: B010  # of a module, which mypy does not let assign
+    setattr(ray_render, "RayReplica", SlowReplica)  # noqa: B010
 
 
 if __name__ == "__main__":

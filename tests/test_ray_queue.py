@@ -168,6 +168,12 @@ def test_more_gpus_than_there_are_is_wrong_input(cluster: str, run: Run, shared_
     names(refusal((done.returncode, done.stdout, done.stderr)), 1, 0)
 
 
+def test_an_address_without_a_cluster_is_wrong_input(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
+    queue = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        names(refusal(run("sample", queue, "--bundle", shared_bundle, "--ray", address)), address)
+
+
 def test_options_of_ray_are_refused_without_it(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
     queue = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
     names(refusal(run("sample", queue, "--bundle", shared_bundle, "--workers", 2)), "--workers", "--ray")

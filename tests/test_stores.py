@@ -94,7 +94,7 @@ def test_a_machine_that_is_gone_at_any_call_of_the_store(
 ) -> None:
     """At every other call that changes the store a machine dies, and another goes on from the newest state."""
     alone, calls = sample.alone(), 0
-    real = {"upload": Store.upload, "remove": Store.remove}
+    real: dict[str, Callable[..., None]] = {"upload": Store.upload, "remove": Store.remove}
     killed_at = -1
 
     def counted(name: str) -> Callable[..., None]:

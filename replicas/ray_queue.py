@@ -5,6 +5,7 @@ object store, which every actor reaches by itself.
 """
 
 import os
+import signal
 import socket
 import sys
 from collections import Counter, deque
@@ -51,12 +52,14 @@ def connected(address: str) -> Iterator[None]:
     """
     _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, as without Ray
+    of_caller = signal.getsignal(signal.SIGTERM)
     # Ray prints the deaths of workers on standard output, which has the paths of videos alone.
     with redirect_stdout(sys.stderr):
         try:
             ray.init(address=address or None, include_dashboard=False, configure_logging=False, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise BackendError(f"--ray {address}: {brief(error)}; start one with: ray start --head") from error
+        signal.signal(signal.SIGTERM, of_caller)  # Ray's own would end the process in the middle of a line
         try:
             yield
         finally:

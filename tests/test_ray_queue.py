@@ -168,6 +168,31 @@ def test_more_gpus_than_there_are_is_wrong_input(cluster: str, run: Run, shared_
     names(refusal((done.returncode, done.stdout, done.stderr)), 1, 0)
 
 
+def test_a_signal_ends_the_command_and_its_workers_and_it_is_resumed(
+    cluster: str, s3: ObjectStore, shared_bundle: Path, tmp_path: Path
+) -> None:
+    queue = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
+    command = Command(cluster, shared_bundle, queue, f"s3://{BUCKET}/signal")
+    process = command.start()
+    until(lambda: command.events("StepDone"), process)
+    process.terminate()
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (143, "") and holds(err, "--ray") and not rendering()
+    process = command.start()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "resumes after step" in err
+    assert sorted(s3.files("signal/bear")) == DONE
+
+
+def test_what_no_worker_can_do_is_wrong_input(cluster: str, shared_bundle: Path, tmp_path: Path) -> None:
+    """As in a process alone, where it is refused before anything is started."""
+    queue = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
+    program = [sys.executable, "cli.py", "sample", str(queue), "--bundle", str(shared_bundle), "--ray", cluster]
+    done = subprocess.run([*program, "--provider", "cuda"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    names(last_refusal(done.stderr), "--provider", "cuda")
+
+
 def test_an_address_without_a_cluster_is_wrong_input(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
     queue = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):

@@ -13,7 +13,7 @@ from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.settings import Settings
 
-VIDEOS, THREADS, REPETITIONS = 8, 2, 3
+VIDEOS, THREADS, REPETITIONS = 4, 2, 3
 SETTINGS = Settings(num_steps=4)
 
 

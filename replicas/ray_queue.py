@@ -199,6 +199,8 @@ class RayQueue:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise WorkerDied(f"{self._failed_starts} workers died before they were ready: {reason}")
+        elif board.name in self.outcomes:
+            pass  # it died after its last event
         elif self._returns[board.name] == MAX_RETURNS:
             died = WorkerDied(
                 f"its worker died {MAX_RETURNS + 1} times, the last time after step {worker.steps}: {reason}"

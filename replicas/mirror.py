@@ -69,15 +69,9 @@ class Mirror:
 
         With `overwrite`, the videos are to be made anew, and nothing is fetched. Raises what `Store` does.
         """
-        names = list(names)
-        below = names[0] if len(names) == 1 else ""
-        found: dict[str, dict[str, int]] = {name: {} for name in names}
-        for path, size in self._store.files(below).items():
-            folder, _, name = path.partition("/")
-            if folder in found and is_kept(name):
-                found[folder][name] = size
+        found = self._listed(list(names))
         with ThreadPoolExecutor(_TRANSFERS) as pool:
-            for _ in pool.map(lambda name: self._fetch(name, found[name], overwrite), names):
+            for _ in pool.map(lambda name: self._fetch(name, found[name], overwrite), found):
                 pass
 
     def follow(self, event: Event) -> None:
@@ -87,6 +81,8 @@ class Mirror:
                 self._begun.add(event.video)
                 self._push(event.video)
             case VideoDone():
+                # Anew, as other processes may have left states there.
+                self._there |= self._listed([event.video])
                 self._push(event.video)
                 self._drop(event.video)
 
@@ -100,6 +96,15 @@ class Mirror:
         if isinstance(event, PreviewWritten | VideoDone | VideoSkipped):
             return replace(event, path=f"{self._store.uri}/{event.video}/{Path(event.path).name}")
         return event
+
+    def _listed(self, videos: list[str]) -> dict[str, dict[str, int]]:
+        """What the store has of these videos."""
+        found: dict[str, dict[str, int]] = {video: {} for video in videos}
+        for path, size in self._store.files(videos[0] if len(videos) == 1 else "").items():
+            video, _, name = path.partition("/")
+            if video in found and is_kept(name):
+                found[video][name] = size
+        return found
 
     def _push(self, video: str) -> None:
         """Makes the store's copy of a video equal to scratch. At no moment has it `video.json` without the rest."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,13 @@ class ObjectStore:
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port)
         self._server.start()
 
+    def reset(self) -> None:
+        """Empties it, but for the bucket."""
+        reset = urllib.request.Request(f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+        with urllib.request.urlopen(reset):
+            pass
+        self._system().mkdir(BUCKET)
+
     def files(self, prefix: str) -> dict[str, bytes]:
         """The objects below a prefix of the bucket."""
         top = f"{BUCKET}/{prefix}/"
@@ -54,13 +62,13 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """A store with the bucket `films`, which the environment of this process names."""
+    """An empty store with the bucket `films`, which the environment of this process names."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = ObjectStore()
     before = {name: os.environ.get(name) for name in store.environment}
     os.environ.update(store.environment)
     try:
-        store._system().mkdir(BUCKET)
+        store.reset()  # moto holds what an earlier one held
         yield store
     finally:
         store.stop()

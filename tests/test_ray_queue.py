@@ -43,6 +43,7 @@ def cluster(s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
         "RAY_AUTH_MODE": "disabled",  # a token would be written into the user's home
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # other tests run beside this one
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():

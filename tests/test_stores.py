@@ -76,12 +76,23 @@ def test_a_video_in_a_store_is_the_one_in_a_folder(s3: ObjectStore, sample: Samp
     assert held(s3, sample, "bear-001") == found
 
 
-def test_another_machine_goes_on_from_the_step_that_was_saved(s3: ObjectStore, sample: Sample) -> None:
+def test_another_machine_goes_on_from_the_step_that_was_saved(
+    s3: ObjectStore, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert sample("--stop-after", 2)[0] == 0
     assert {"run.json", "state-0002.safetensors", "text.safetensors", "preview.png"} <= held(s3, sample).keys()
+    real = Mirror.follow
+
+    def follow(mirror: Mirror, event: Any) -> None:
+        if getattr(event, "steps_done", 0) == 3:  # as a third machine leaves it that was stopped since
+            s3.write(f"{sample.uri.removeprefix(f's3://{BUCKET}/')}/bear/state-0001.safetensors", b"")
+        real(mirror, event)
+
+    monkeypatch.setattr(Mirror, "follow", follow)
     code, _, err = sample(machine="b")
     assert code == 0 and holds(err, "resumes after step 2 of 4")
     found = held(s3, sample)
+    assert sorted(found) == DONE
     assert {name: found[name] for name in PRODUCTS} == sample.alone()
 
 

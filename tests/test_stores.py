@@ -1,5 +1,6 @@
 """Renders whose output is an object store: what is in it at every moment, and what another machine makes of it."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from messages import holds, last_refusal, names, refusal
 from object_store import BUCKET, ObjectStore, object_store
-from stand_in import DONE, StandInLoader, files_in, products, storyboard_file
+from stand_in import DONE, Arrays, StandInLoader, files_in, products, storyboard_file
 
 from ttt_video_engine.replicas import store as store_module
 from ttt_video_engine.replicas.mirror import Mirror
@@ -166,6 +167,26 @@ def test_a_store_that_is_gone_for_long_ends_the_command_and_loses_nothing(
     assert code == 0 and holds(err, "resumes after step 3 of 4")
     found = held(s3, sample)
     assert {name: found[name] for name in PRODUCTS} == sample.alone()
+
+
+def test_a_failure_is_noted_in_the_store_until_it_is_rendered_again(
+    s3: ObjectStore, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(graph: str, run: int, outputs: Arrays) -> Arrays:
+        if run == 3:
+            raise RuntimeError("out of something")
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ttt_video_engine.commands.replica.make_loader", lambda bundle, *_, **__: StandInLoader(bundle, fail)
+        )
+        assert sample()[0] == 1
+    found = held(s3, sample)
+    assert json.loads(found["error.json"])["error"] == "RuntimeError" and "state-0002.safetensors" in found
+    code, _, err = sample(machine="b")
+    assert code == 0 and holds(err, "resumes after step 2 of 4")
+    assert sorted(held(s3, sample)) == DONE
 
 
 def test_other_settings_are_refused_and_overwrite_makes_it_anew(s3: ObjectStore, sample: Sample) -> None:

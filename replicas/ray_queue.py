@@ -134,7 +134,9 @@ class RayQueue:
                 if self.stop():
                     break
                 answers = {worker.answer: worker for worker in self._workers if worker.answer is not None}
-                for answer in ray.wait(list(answers), timeout=_TICK)[0]:
+                ray.wait(list(answers), timeout=_TICK)
+                # All that are there, so that no worker waits for the events of those before it.
+                for answer in ray.wait(list(answers), num_returns=len(answers), timeout=0)[0]:
                     self._advance(answers[answer])
         except StopRendering:
             pass

@@ -17,7 +17,8 @@ from stand_in import StandInLoader
 
 from ttt_video_engine.commands import ray_render, replica
 from ttt_video_engine.commands.ray_render import RayReplica
-from ttt_video_engine.runtime.events import Event
+from ttt_video_engine.runtime.errors import StoreUnreachable
+from ttt_video_engine.runtime.events import Event, RenderWarning, VideoSkipped
 from ttt_video_engine.runtime.storyboard import Storyboard
 from ttt_video_engine.runtime.user_cache import cache_folder
 
@@ -64,6 +65,27 @@ class SlowReplica(RayReplica):
         if board.name == "broken":
             raise RuntimeError("not of this program")
         yield from super().render(board, overwrite)
+
+
+class WithoutStore:
+    """An actor whose object store is gone."""
+
+    def ready(self) -> None: ...
+
+    def render(self, board: Storyboard, overwrite: bool) -> Iterator[Event]:
+        yield RenderWarning(board.name, "does not answer")
+        raise StoreUnreachable("s3://films: has not answered")
+
+
+class DiesAfterwards:
+    """An actor that dies between the outcome of a video and its end."""
+
+    def ready(self) -> None: ...
+
+    def render(self, board: Storyboard, overwrite: bool) -> Iterator[Event]:
+        yield VideoSkipped(board.name, "there")
+        time.sleep(SECONDS)  # until the event has left
+        os._exit(1)
 
 
 def use_stand_in() -> None:

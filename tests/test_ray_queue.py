@@ -17,7 +17,11 @@ from stand_in import DONE, board, files_in, products, render, storyboard_file
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ttt-video-engine[ray]'")
 
-from ray_processes import steps_begun  # noqa: E402  # needs ray
+from ray_processes import DiesAfterwards, WithoutStore, steps_begun  # noqa: E402  # need ray
+
+from ttt_video_engine.replicas.ray_queue import RayQueue  # noqa: E402
+from ttt_video_engine.runtime.errors import StoreUnreachable  # noqa: E402
+from ttt_video_engine.runtime.events import Event, RenderWarning, VideoSkipped  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -160,6 +164,21 @@ def test_a_video_that_fails_and_one_that_kills_its_workers_leave_the_others(
     assert len([event for event in command.events("RenderWarning") if event["video"] == "deadly"]) == 3
     failed = {event["video"]: event["error"]["error"] for event in command.events("VideoFailed")}
     assert failed == {"broken": "RuntimeError", "deadly": "WorkerDied"}
+
+
+def test_a_store_that_is_gone_ends_the_queue(cluster: str) -> None:
+    """It is no failure of the first video, and the next would wait as long."""
+    events: list[Event] = []
+    queue = RayQueue(WithoutStore, (), 0, events.append, lambda: False)
+    with pytest.raises(StoreUnreachable):
+        queue.run([board("a"), board("b")], 1)
+    assert [type(event) for event in events] == [RenderWarning] and queue.outcomes == {}
+
+
+def test_a_death_after_the_outcome_costs_nothing(cluster: str) -> None:
+    events: list[Event] = []
+    outcomes = RayQueue(DiesAfterwards, (), 0, events.append, lambda: False).run([board("a"), board("b")], 1)
+    assert [type(event) for event in events] == [VideoSkipped] * 2 and outcomes.keys() == {"a", "b"}
 
 
 def test_more_gpus_than_there_are_is_wrong_input(cluster: str, run: Run, shared_bundle: Path, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def sample(
     cluster = _cluster(ray, workers, gpus_per_worker)
     if wandb is not None and (cluster is not None or is_uri(output_dir)):
         raise ConfigError("--wandb reads the files of a video: leave it out with --ray and with a URI")
-    display = RenderDisplay(several=len(boards) > 1, quiet=log_json == Path("-"), at_once=cluster is not None)
+    on_ray = cluster is not None
+    display = RenderDisplay(several=len(boards) > 1 or on_ray, quiet=log_json == Path("-"), at_once=on_ray)
     if cluster is None:
         replica = Replica(opened, order, warn_on_terminal)
         jobs = replica.prepare(boards, overwrite=overwrite)

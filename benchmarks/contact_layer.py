@@ -16,6 +16,7 @@ from contact_rows import add_row
 from msgspec.structs import replace
 from torch import nn
 
+from ttt_video_engine.engines.torch.compiled import compile_layers
 from ttt_video_engine.engines.torch.components import transformer
 from ttt_video_engine.engines.torch.runner import TorchRunner, open_device
 from ttt_video_engine.engines.torch.scan import find_scan, use_scan
@@ -52,9 +53,10 @@ def main() -> None:
             graph_rows(case, module, size, config)
             continue
         if options.mode == "compile":
-            scan = scan and torch.compiler.disable(scan)
-            module.layers[0].compile(dynamic=False)
-        use_scan(module, scan)
+            compile_layers(module, scan)
+            torch._dynamo.config.suppress_errors = False  # a layer that does not compile is to be seen
+        else:
+            use_scan(module, scan)
         for batch in (1, 2) if options.mode == "engine" else (2,):
             text = (size.num_scenes, size.text_length, config.text_dim)
             shapes = {"latents": (batch, *latent_shape(model, size)), "text": (batch, *text)}

@@ -77,6 +77,12 @@ def steps(cubins: str | None) -> list[Step]:
         Step("a layer as a CUDA graph", (*python, *layer, "--length", "3s", "--mode", "graph"), 30, TORCH),
         Step("tiny renders by every backend", (*python, str(HERE / "contact_render.py")), 120, COMMANDS),
         Step("TensorRT engines with plugins", pytest, 90, (*COMMANDS, "pytest", "hypothesis", "tensorrt|tensorrt_rtx")),
+        Step(
+            "a full-width layer as a TensorRT engine",
+            (*python, str(HERE / "contact_engine.py")),
+            120,
+            (*COMMANDS, *KERNELS, "tensorrt|tensorrt_rtx"),
+        ),
         *(
             Step(
                 f"compute-sanitizer, {tool}",

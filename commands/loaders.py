@@ -1,9 +1,12 @@
 """The loader of runners that options choose, and those options."""
 
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttt_video_engine.engines.guidance_pair import PairLoader
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
 from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
@@ -29,9 +32,18 @@ GpuMemoryOption = Annotated[
 
 
 def make_loader(
-    bundle: Bundle, engine: BackendName, provider: ProviderName | None, gpu_memory: str | None, *, low_memory: bool
+    bundle: Bundle,
+    engine: BackendName,
+    provider: ProviderName | None,
+    gpu_memory: str | None,
+    *,
+    low_memory: bool,
+    num_threads: int = 0,
 ) -> "OnnxRuntimeLoader | TensorRTLoader | TorchLoader":
-    """Loads graphs of a bundle. Raises ConfigError for an option of another engine."""
+    """Loads graphs of a bundle. `num_threads` are ONNX Runtime's on a CPU, 0 for all cores.
+
+    Raises ConfigError for an option of another engine.
+    """
     if engine == "tensorrt":
         if provider is not None:
             raise ConfigError("--provider is for --engine onnxruntime and torch: leave out one of the two")
@@ -41,7 +53,22 @@ def make_loader(
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
     if engine == "torch":
         return _torch_loader(bundle, provider)
-    return OnnxRuntimeLoader(bundle, provider=provider)
+    return OnnxRuntimeLoader(bundle, provider=provider, num_threads=num_threads)
+
+
+def make_pair_loader(
+    bundle: Bundle, engine: BackendName, provider: ProviderName | None, gpu_memory: str | None
+) -> PairLoader:
+    """As `make_loader`, with each branch of guidance in a process of its own, which has half of the cores."""
+    half = partial(
+        make_loader, bundle, engine, provider, gpu_memory, low_memory=True, num_threads=max(1, num_cores() // 2)
+    )
+    return PairLoader(bundle, make_loader(bundle, engine, provider, gpu_memory, low_memory=True), half)
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torch_loader(bundle: Bundle, provider: ProviderName | None) -> "TorchLoader":

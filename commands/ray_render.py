@@ -84,7 +84,7 @@ def render_on_ray(
     except ImportError as error:
         raise BackendError("ray is not installed; run: pip install 'ttt-video-engine[ray]'") from error
     with connected(cluster.address):
-        gpus = gpus_per_worker(cluster.gpus_per_worker)
+        gpus = gpus_per_worker(cluster.gpus_per_worker, order.engine.gpus)
         workers = number_of_workers(cluster.workers, gpus)
         queue = RayQueue(
             RayReplica, (order.anywhere(),), gpus, on_event, lambda: signals.received is not None, overwrite=overwrite

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime as ort
 import typer
 
-from ttt_video_engine.commands.loaders import make_loader
+from ttt_video_engine.commands.loaders import make_loader, make_pair_loader
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.replicas.bundle_cache import fetch_bundle
 from ttt_video_engine.replicas.mirror import Mirror
@@ -19,6 +19,7 @@ from ttt_video_engine.runtime.events import Event, OnEvent, Outcome
 from ttt_video_engine.runtime.jobs import Job
 from ttt_video_engine.runtime.phases import RenderOptions
 from ttt_video_engine.runtime.pipeline import Pipeline
+from ttt_video_engine.runtime.runner import RunnerLoader
 from ttt_video_engine.runtime.settings import BackendName, Settings
 from ttt_video_engine.runtime.storyboard import Storyboard
 from ttt_video_engine.runtime.text_cache import TextCache
@@ -32,6 +33,18 @@ class Engine:
     name: BackendName = "onnxruntime"
     provider: ProviderName | None = None
     gpu_memory: str | None = None
+    guidance_parallel: bool = False
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it runs on, where there are any."""
+        return 2 if self.guidance_parallel else 1
+
+    def loader(self, bundle: Bundle, *, low_memory: bool) -> RunnerLoader:
+        """Loads graphs of a bundle."""
+        if self.guidance_parallel:
+            return make_pair_loader(bundle, self.name, self.provider, self.gpu_memory)
+        return make_loader(bundle, self.name, self.provider, self.gpu_memory, low_memory=low_memory)
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,7 @@ class Replica:
 
     def __init__(self, bundle: Bundle, order: Order, warn: Warn) -> None:
         engine, output = order.engine, order.output
-        low_memory = order.settings.low_memory
-        loader = make_loader(bundle, engine.name, engine.provider, engine.gpu_memory, low_memory=low_memory)
+        loader = engine.loader(bundle, low_memory=order.settings.low_memory)
         bundle.check()
         self._settings, self._options = order.settings, order.options
         self._mirror = Mirror(Store(output, warn)) if is_uri(output) else None

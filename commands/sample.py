@@ -102,6 +102,9 @@ def sample(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Run the branches of guidance one after the other.")
     ] = False,
+    guidance_parallel: Annotated[
+        bool, typer.Option("--guidance-parallel", help="Run the branches of guidance in two processes, on two GPUs.")
+    ] = False,
     width: Annotated[
         int | None, typer.Option(help="Pixels that the bundle must have (eval.image_width).", rich_help_panel=_BUNDLE)
     ] = None,
@@ -189,6 +192,8 @@ def sample(
             check_length(boards, asked_length)
     boards = _part(boards, shard)
     settings = opened.manifest.defaults
+    if guidance_parallel and low_memory:
+        raise ConfigError("--guidance-parallel already takes the memory of --low-memory on each GPU; leave out one")
     asked = {
         "num_steps": _first(num_steps, stated.num_steps),
         "guidance_scale": _first(guidance_scale, stated.guidance_scale),
@@ -198,7 +203,7 @@ def sample(
         "codec": codec,
         "crf": crf,
         "seed": _first(seed, stated.seed),
-        "low_memory": low_memory or None,
+        "low_memory": (low_memory or settings.low_memory) and not guidance_parallel,
         "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
         "step_cache": step_cache,
     }
@@ -208,7 +213,7 @@ def sample(
     options = RenderOptions(
         checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
     )
-    order = Order(bundle, output_dir, settings, Engine(engine, provider, gpu_memory), options)
+    order = Order(bundle, output_dir, settings, Engine(engine, provider, gpu_memory, guidance_parallel), options)
     cluster = _cluster(ray, workers, gpus_per_worker)
     if wandb is not None and (cluster is not None or is_uri(output_dir)):
         raise ConfigError("--wandb reads the files of a video: leave it out with --ray and with a URI")

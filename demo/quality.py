@@ -2,11 +2,12 @@
 
     python -m demo.quality --bundle bundles/demo --without-ttt bundles/demo-without-ttt --output output/quality
 
-prints a table in Markdown. Every row is a run of `ttt-video sample`, so a run that was ended is resumed by the same
-command, and rows that are done are only judged.
+prints a table in Markdown. Every row is a queue of `ttt-video sample`, so a run that was ended is resumed by the same
+command, and rows that are done are only judged. Two processes of one thread each share the videos of a row.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -24,33 +25,49 @@ from ttt_video_engine.runtime.render_folder import SIDECAR
 
 _ROOT = Path(__file__).parents[1]
 _COLUMNS = ("background", "figure", "colour", "direction", "carried")
+_PROCESSES = 2
+_STEPS = 50
+"""Of the videos that PSNR compares with."""
+_FEWER = 20
+"""Steps of the rows that vary something else."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: videos of `num_scenes` scenes rendered with some options."""
+    """One line of the table: videos of `num_scenes` scenes, rendered in `num_steps` with some options of `sample`, or
+    by PyTorch with the transformer in `half` precision."""
 
     name: str
     options: tuple[str, ...] = ()
+    num_steps: int = _FEWER
     num_scenes: int = 3
     ttt: bool = True
+    half: str = ""
 
     @property
     def folder(self) -> str:
-        return "_".join((str(self.num_scenes), "ttt" if self.ttt else "no-ttt", *self.options)).replace(":", "-")
+        kind = ("ttt" if self.ttt else "no-ttt", self.half or "onnx")
+        return "_".join((str(self.num_scenes), *kind, str(self.num_steps), *self.options)).replace(":", "-")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What renders storyboards; without files and bundle."""
+        start = ("-m", "demo.half", self.half) if self.half else ("cli.py", "sample")
+        return (*start, "--num-steps", str(self.num_steps), *self.options)
 
 
-BASE = Row("the bundle's settings")
+BASE = Row(f"{_STEPS} steps", num_steps=_STEPS)
 ROWS = (
     BASE,
-    *(Row(f"{steps} steps", ("--num-steps", str(steps))) for steps in (30, 20, 15, 10)),
-    *(Row(f"guidance scale {scale}", ("--guidance-scale", str(scale))) for scale in (1, 2, 6, 8)),
+    *(Row(f"{steps} steps", num_steps=steps) for steps in (30, _FEWER, 10, 5)),
+    *(Row(f"guidance scale {scale}", ("--guidance-scale", str(scale))) for scale in (1, 2, 6)),
     *(Row(f"{kind}, scale 6", ("--guidance", kind, "--guidance-scale", "6")) for kind in ("dynamic", "upstream")),
     Row("DPM-Solver++(2M) SDE", ("--sampler", "dpmpp-2m-sde")),
-    Row("DPM-Solver++(2M) SDE, 20 steps", ("--sampler", "dpmpp-2m-sde", "--num-steps", "20")),
-    *(Row(f"guided in {part}", ("--guidance-interval", part)) for part in ("0:0.75", "0:0.5", "0:0.25", "0.5:1")),
-    *(Row(f"step cache {limit}", ("--step-cache", limit)) for limit in ("0.02", "0.05", "0.1", "0.2")),
+    Row("DPM-Solver++(2M) SDE, 10 steps", ("--sampler", "dpmpp-2m-sde"), num_steps=10),
+    *(Row(f"guided in {part}", ("--guidance-interval", part)) for part in ("0:0.5", "0:0.25")),
+    *(Row(f"step cache {limit}", ("--step-cache", limit)) for limit in ("0.05", "0.1", "0.2")),
     Row("a negative prompt", ("--negative-prompt", "A figure in the desert at night.")),
+    *(Row(dtype, half=dtype) for dtype in ("float16", "bfloat16")),
     Row("without TTT", ttt=False),
     *(
         Row(f"{num_scenes} scenes, {'with' if ttt else 'without'} TTT", num_scenes=num_scenes, ttt=ttt)
@@ -71,8 +88,15 @@ def render(row: Row, bundle: Path, output: Path, count: int) -> Path:
     storyboards = output / f"quality-{row.num_scenes}.jsonl"
     storyboards.write_bytes(held_out(storyboards.stem, count))
     folder = output / row.folder
-    command: list[str | Path] = [sys.executable, _ROOT / "cli.py", "sample", storyboards, *row.options]
-    subprocess.run([*command, "--bundle", bundle, "--output-dir", folder], check=True)
+    files = (str(storyboards.resolve()), "--bundle", str(bundle.resolve()), "--output-dir", str(folder.resolve()))
+    shards = [
+        (sys.executable, *row.command, *files, "--shard", f"{part + 1}/{_PROCESSES}") for part in range(_PROCESSES)
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (output / f"{row.folder}.log").open("w") as log:
+        running = [subprocess.Popen(shard, cwd=_ROOT, env=environment, stderr=log) for shard in shards]
+        if any([process.wait() for process in running]):
+            raise SystemExit(f"{row.name}: rendering failed; see {log.name}")
     return folder
 
 

@@ -23,9 +23,15 @@ def render_part(script: Script, first: int, count: int) -> Frames:
     """`count` frames of the clip, from frame `first` on."""
     frames = np.empty((count, HEIGHT, WIDTH, 3), dtype=np.uint8)
     for place, frame in enumerate(range(first, first + count)):
-        number = max(frame - 1, 0) // SCENE_FRAMES
+        number = _scene_of(frame)
         frames[place] = _frame(script[number], frame / SCENE_FRAMES - number)
     return frames
+
+
+def background_frames(script: Script) -> Frames:
+    """What `render` shows behind the figures."""
+    pictures = [background(scene.place, scene.night).round().astype(np.uint8) for scene in script]
+    return np.stack([pictures[_scene_of(frame)] for frame in range(1 + SCENE_FRAMES * len(script))])
 
 
 def position(scene: SceneScript, progress: float) -> tuple[float, float]:
@@ -40,6 +46,10 @@ def position(scene: SceneScript, progress: float) -> tuple[float, float]:
         return y - min(JUMP, y - TOP) * abs(math.sin(3 * math.pi * progress)), x
     way = 1 - (1 - progress) ** 3
     return y + (end_y - y) * way, x + (end_x - x) * way
+
+
+def _scene_of(frame: int) -> int:
+    return max(frame - 1, 0) // SCENE_FRAMES
 
 
 def _frame(scene: SceneScript, progress: float) -> NDArray[np.float32]:

@@ -88,10 +88,12 @@ WEIGHTS = Artefact(
     tools=("safetensors", "torch", "transformers"),
     excluded={
         **_NEVER_DECIDES,
+        "export/graphs/attention_op.py": "graphs",
         "export/graphs/graph.py": "traces graphs with placeholder weights",
         "export/graphs/projections_body.py": "graphs",
         "export/graphs/projections_op.py": "graphs",
         "export/graphs/repeat.py": "graphs",
+        "export/graphs/timestep.py": "graphs",
         "export/graphs/ttt_op.py": "graphs",
         "export/graphs/ttt_steps.py": "graphs",
         "export/sources/stored_scale.py": "sets a field of the model's config",
@@ -112,11 +114,13 @@ WEIGHTS = Artefact(
 GRAPHS = Artefact(
     entry_points=("export/graphs/components.py", "export/graphs/graph.py"),
     sources=(
+        "export/graphs/attention_op.py",
         "export/graphs/components.py",
         "export/graphs/graph.py",
         "export/graphs/projections_*.py",
         "export/graphs/quantize.py",
         "export/graphs/repeat.py",
+        "export/graphs/timestep.py",
         "export/graphs/ttt_op.py",
         "export/graphs/ttt_steps.py",
         "export/graphs/weights.py",  # offsets of the weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttt_video_engine.reference.layout import TokenLayout
-from ttt_video_engine.reference.rope import rotate
+from ttt_video_engine.reference.rope import Rotation, rotate
 from ttt_video_engine.reference.ttt_layer import SSMGating, TTTWrapper
 from ttt_video_engine.runtime.config import TransformerConfig
 
@@ -66,11 +66,13 @@ class SeqModelingBlock(nn.Module):
             project(x_SMD).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # [B·S, H, M, F]
             for project in (self.q, self.k, self.v)
         )
-        rotation = layout.segment_rotation
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        out = functional.scaled_dot_product_attention(q, k, v)
+        out = self._rotated_attention(self.q_norm(q), self.k_norm(k), v, layout.segment_rotation)
         # Heads behind tokens again, merged into D; then the scenes become an axis of their own.
         return self.o(out.transpose(1, 2).flatten(2)).unflatten(0, (-1, layout.num_scenes))
+
+    def _rotated_attention(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """Softmax attention [B·S, H, M, F] of queries and keys that are not rotated yet."""
+        return functional.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
 
     def _merge_segments(self, segments_BSTPD: Tensor) -> Tensor:
         """Joins the segments into frames [B, T·P, D]; frames that two segments share are averaged."""

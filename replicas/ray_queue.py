@@ -77,9 +77,11 @@ def _check_address(address: str) -> None:
         raise BackendError(f"--ray {address}: {brief(error)}; give HOST:PORT as ray start --head prints it") from error
 
 
-def gpus_per_worker(stated: float | None) -> float:
-    """GPUs that a worker is given: as stated, else one where the cluster has any."""
-    return float(ray.cluster_resources().get("GPU", 0) > 0) if stated is None else stated
+def gpus_per_worker(stated: float | None, needed: int) -> float:
+    """GPUs that a worker is given, all of one machine: as stated, else those needed where the cluster has any."""
+    if stated is not None:
+        return stated
+    return needed if ray.cluster_resources().get("GPU", 0) else 0
 
 
 def number_of_workers(stated: int | None, gpus: float) -> int:

@@ -14,7 +14,7 @@ from demo import train_text, train_transformer, train_vae
 from demo.backgrounds import PLACES
 from demo.captions import captions
 from demo.config import MODEL
-from demo.data import HELD_OUT_SEED, make_batch, text_length
+from demo.data import HELD_OUT_SEED, figure_cells, make_batch, text_length
 from demo.encoder import LinearEncoder
 from demo.export_checkpoint import export_checkpoint
 from demo.fast import COMPILED, plain_attention
@@ -23,7 +23,7 @@ from demo.judge import judge
 from demo.model import new_model
 from demo.noise import add_noise, alpha_table, draw_timesteps
 from demo.scan import mini_batch, scan
-from demo.scenes import Frames, render, render_part
+from demo.scenes import Frames, background_frames, render, render_part
 from demo.story import MOTIONS, Script, random_script
 from demo.text import FOLDER, num_lost, storyboard, train
 from ttt_video_engine.reference.ttt import ttt_linear
@@ -134,6 +134,14 @@ def test_training_noises_down_to_noise_alone() -> None:
     drawn = torch.cat([draw_timesteps(8, 650, 0.5, generator) for _ in range(200)])
     assert drawn.min() >= 0 and drawn.max() == 999
     assert 0.6 < (drawn >= 650).double().mean() < 0.75
+
+
+def test_where_a_figure_is_latents_are_not_those_of_the_background() -> None:
+    script = random_script(0, 5, 3)
+    encoder, frames = LinearEncoder.load(), render(script)
+    changed = np.abs(encoder.encode(frames) - encoder.encode(background_frames(script))).max(1, keepdims=True) > 1e-4
+    cells = figure_cells(script, frames)
+    assert np.array_equal(changed, cells) and 0.05 < cells.mean() < 0.6
 
 
 def test_a_new_model_predicts_no_velocity() -> None:

@@ -342,6 +342,7 @@ def test_a_video_is_that_of_onnx_runtime(run: Run, shared_bundle: Path, tmp_path
         "torch": torch.__version__,
         "provider": "cpu",
         "scan": "reference",
+        "layers": "eager (no GPU)",
     }
     # Decoded by torch, from the latents of the other.
     frames = {}

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 
 from ttt_video_engine.engines.tensorrt.engine import KERNELS
+from ttt_video_engine.engines.torch.compiled import cannot_compile, compile_layers
 from ttt_video_engine.engines.torch.components import Component, component_of
 from ttt_video_engine.engines.torch.scan import REFERENCE, find_scan, use_scan
 from ttt_video_engine.engines.torch.weights import named_by_graph, with_stored_weights
@@ -133,6 +134,7 @@ class TorchLoader:
         self._bundle = bundle
         self._device = open_device(device)
         self._scan, scan = self._find_scan()
+        self._not_compiled = cannot_compile(self._device, self._scan, has_ttt=self._has_ttt())
         self.warning = f"TTT layers run without a kernel, many times slower: {scan}" if self._is_slow() else ""
         gpu = {"gpu": torch.cuda.get_device_name(self._device)} if self._device.type == "cuda" else {}
         self._environment = {
@@ -141,6 +143,7 @@ class TorchLoader:
             "provider": self._device.type,
             **gpu,
             "scan": scan,
+            "layers": f"eager ({self._not_compiled})" if self._not_compiled else "compiled",
         }
 
     def check(self, graphs: Iterable[str]) -> None:
@@ -159,12 +162,17 @@ class TorchLoader:
             self._bundle.path(entry.file), self._bundle.path(entry.weights), component.prefix, manifest.dtype
         )
         module = with_stored_weights(component.build, source, self._device)
-        use_scan(module, self._scan)
+        if self._not_compiled:
+            use_scan(module, self._scan)
+        else:
+            compile_layers(module, self._scan)
         return TorchRunner(graph, module, component, (entry.inputs, entry.outputs), self._device)
 
+    def _has_ttt(self) -> bool:
+        return self._bundle.manifest.model.transformer.ttt_kind is not None
+
     def _is_slow(self) -> bool:
-        has_ttt = self._bundle.manifest.model.transformer.ttt_kind is not None
-        return self._device.type == "cuda" and has_ttt and self._scan is None
+        return self._device.type == "cuda" and self._has_ttt() and self._scan is None
 
     def _find_scan(self) -> tuple[Scan | None, str]:
         manifest = self._bundle.manifest

@@ -14,9 +14,11 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from ttt_video_engine.export.graphs.attention_op import attention_as_operators
 from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
+from ttt_video_engine.export.graphs.timestep import accurate_timestep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
 from ttt_video_engine.runtime.config import TTTKind
@@ -26,8 +28,8 @@ from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
 from ttt_video_engine.runtime.ttt_op import DOMAIN, PROJECTIONS_VERSION, VERSION, OpVersion
 
-OPSET = 20
-"""Opset 20 is the first with Gelu in tanh form. TensorRT 10.0 and later support it."""
+OPSET = 23
+"""Opset 23 is the first with Attention and RotaryEmbedding."""
 
 FOLD_LIMIT = 1024
 """Bytes. Larger constants, such as tables that grow with the clip, are left for the runtime to fold."""
@@ -113,7 +115,7 @@ def _export_module(graph: Graph) -> ir.Model:
     as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
     nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
-    with _silence_exporter(), torch.no_grad(), nodes:
+    with _silence_exporter(), torch.no_grad(), attention_as_operators(module), accurate_timestep(module), nodes:
         program = torch.onnx.export(
             module,
             tuple(spec.example for spec in inputs),

@@ -31,7 +31,7 @@ PROBE_BYTES = 1 << 30
 
 def memory() -> str:
     peaks, rows = [], []
-    with _bundle() as bundle:
+    with short_bundle() as bundle:
         for number in VIDEOS:
             program = [__file__, str(bundle), str(number)]
             done = subprocess.run([sys.executable, *program], check=True, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def memory() -> str:
 
 
 def loading() -> str:
-    with _bundle() as bundle:
+    with short_bundle() as bundle:
         together, alone = _timed(bundle, TIMED_VIDEOS)
         load = OnnxRuntimeLoader(open_bundle(bundle))
         graphs = [TEXT_ENCODER, transformer_graph_name(LENGTH), VAE_FIRST, VAE_NEXT]
@@ -71,13 +71,13 @@ def loading() -> str:
 def render_and_report(bundle_path: str, number: int) -> None:
     """Renders so many videos and prints the peak memory of this process in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        _render(Path(bundle_path), _boards(number), Path(folder))
+        _render(Path(bundle_path), boards_for(number), Path(folder))
     print(peak_memory())
 
 
 def _timed(bundle: Path, number: int) -> tuple[float, float]:
     """Median seconds of a video, of so many in one call and of one a call."""
-    boards = _boards(number)
+    boards = boards_for(number)
 
     def in_one_call() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,8 @@ def _render(bundle_path: Path, boards: list[Storyboard], folder: Path) -> None:
         raise RuntimeError(f"not rendered: {failed}")
 
 
-def _boards(number: int) -> list[Storyboard]:
+def boards_for(number: int) -> list[Storyboard]:
+    """So many videos of a scene each."""
     texts = (f"Video {index}: a bear bakes bread." for index in range(number))
     return [Storyboard(f"video-{index}", (Scene(text),), "benchmark") for index, text in enumerate(texts)]
 
@@ -114,7 +115,8 @@ def _loading(load: OnnxRuntimeLoader, graph: str) -> Callable[[], None]:
 
 
 @contextmanager
-def _bundle() -> Iterator[Path]:
+def short_bundle() -> Iterator[Path]:
+    """A bundle of `tiny` for 3 s, while the block runs."""
     from ttt_video_engine.export.build import export_bundle
     from ttt_video_engine.export.sources.source import SeededSource
 

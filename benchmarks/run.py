@@ -9,6 +9,7 @@ import queues
 import spinning
 import state
 import step
+import workers
 
 BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "step": ("Transformer step, batch 2, fp32", step.against_reference),
@@ -20,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "memory": ("Memory of decoding", process.decode_memory),
     "state": ("A state after every step", state.after_every_step),
     "queue": ("Memory of a queue", queues.memory),
+    "workers": ("Two workers over one", workers.throughput),
     "loading": ("Loading once a queue", queues.loading),
 }
 

@@ -22,6 +22,10 @@ COMMANDS = {
 }
 
 
+_VALUE_IS_OPTIONAL = ("--ray",)
+"""Options that may stand alone, which typer does not know: their value is then empty."""
+
+
 class LazyGroup(TyperGroup):
     """Imports the module of a command when that command is called."""
 
@@ -31,6 +35,11 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
+        following = [*rest[1:], "-"]
+        rest = [
+            f"{one}=" if one in _VALUE_IS_OPTIONAL and after.startswith("-") else one
+            for one, after in zip(rest, following, strict=True)
+        ]
         return name, name and load_command(name), rest
 
 

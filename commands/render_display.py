@@ -32,17 +32,20 @@ from ttt_video_engine.runtime.events import (
 
 
 class RenderDisplay:
-    """`show` is an `on_event`. `several` videos are told apart; `quiet` keeps standard output for something else."""
+    """`show` is an `on_event`. `several` videos are told apart; `quiet` keeps standard output for something else.
 
-    def __init__(self, *, several: bool, quiet: bool = False) -> None:
+    Videos that are rendered `at_once`, by several workers, have lines of their own and no bars.
+    """
+
+    def __init__(self, *, several: bool, quiet: bool = False, at_once: bool = False) -> None:
         self.output = LossyStream(sys.stdout)
-        self._several, self._quiet = several, quiet
+        self._several, self._quiet, self._at_once = several, quiet, at_once
         self.progress = ProgressDisplay(console=Console(file=cast(IO[str], LossyStream(sys.stderr))))
         self._texts_shown = False
 
     def show(self, event: Event) -> None:
         """Shows one event."""
-        update, line = self.progress.update, self.progress.line
+        update, line = self._update, self.progress.line
         match event:
             case RenderWarning():
                 line(f"warning: {printable(event.message)}")
@@ -73,6 +76,10 @@ class RenderDisplay:
                     line(f"failed: {printable(event.message)}")
             case VideoDone():
                 self.result(f"video: {event.path}")
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if not self._at_once:
+            self.progress.update(stage, done, total)
 
     def result(self, text: str) -> None:
         """A line of standard output, above the bars where both are one terminal."""

@@ -1,51 +1,35 @@
 """`ttt-video sample`: from storyboards to videos."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import onnxruntime as ort
 import typer
 from msgspec.structs import replace
 
-from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption, make_loader, make_pair_loader
-from ttt_video_engine.commands.options import BundleOption, Debug, codec_option, crf_option
-from ttt_video_engine.commands.render_display import RenderDisplay, summary
-from ttt_video_engine.commands.stopping import StopSignals, resuming_command
-from ttt_video_engine.commands.streams import LossyStream
+from ttt_video_engine.commands.loaders import GpuMemoryOption, ProviderOption
+from ttt_video_engine.commands.options import Debug, codec_option, crf_option
+from ttt_video_engine.commands.ray_render import Cluster, render_on_ray
+from ttt_video_engine.commands.render_display import RenderDisplay
+from ttt_video_engine.commands.rendering import run_and_report
+from ttt_video_engine.commands.replica import Engine, Order, Replica, local_bundle, warn_on_terminal
 from ttt_video_engine.commands.wandb_log import wandb_log
-from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.planning.bundle_options import explain_bundle_options
-from ttt_video_engine.runtime.bundle import TEXT_ENCODER, Bundle, open_bundle
+from ttt_video_engine.replicas.store import is_uri
+from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import LengthName
-from ttt_video_engine.runtime.demo_bundle import bundle_folder
 from ttt_video_engine.runtime.dtypes import Precision
-from ttt_video_engine.runtime.errors import CheckFailed, ConfigError, RenderBusy
-from ttt_video_engine.runtime.events import (
-    Event,
-    OnEvent,
-    Outcome,
-    VideoBusy,
-    VideoFailed,
-    VideoSkipped,
-    VideoStopped,
-    to_json,
-)
-from ttt_video_engine.runtime.files import writing
-from ttt_video_engine.runtime.jobs import Job, in_shard
+from ttt_video_engine.runtime.errors import ConfigError
+from ttt_video_engine.runtime.jobs import check_inputs, in_shard
 from ttt_video_engine.runtime.phases import RenderOptions
-from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.prompts import storyboard_of_prompts, with_negative_prompt
 from ttt_video_engine.runtime.public_config import SamplingOptions
 from ttt_video_engine.runtime.sampling_file import sampling_options
 from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Codec, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
-from ttt_video_engine.runtime.text_cache import TextCache
-from ttt_video_engine.runtime.user_cache import cache_folder
 
 _GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
+_WORKERS = "Many workers"
 _PROMPTS, _PASSES, _BUNDLE = "Prompts", "Fewer passes of the transformer", "What the bundle must have"
 
 T = TypeVar("T")
@@ -56,7 +40,9 @@ def sample(
         list[Path] | None,
         typer.Argument(help="JSON or JSONL files of scenes (eval.input_file).", show_default=False),
     ] = None,
-    bundle: BundleOption = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", help="Folder or URI of one made by export.", show_default="the demo model")
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text of a scene, in place of a file; once for each scene.", rich_help_panel=_PROMPTS),
@@ -68,9 +54,9 @@ def sample(
         Path | None,
         typer.Option(help="TOML file of the public code: its sampling part. Options override it (job.config_file)."),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Every video gets a folder in it (eval.output_dir).")] = Path(
-        "output"
-    ),
+    output_dir: Annotated[
+        str, typer.Option(help="Folder or URI. Every video gets a folder in it (eval.output_dir).")
+    ] = "output",
     num_steps: Annotated[
         int | None, typer.Option(help="Denoising steps (eval.num_denoising_steps).", show_default="50")
     ] = None,
@@ -156,6 +142,23 @@ def sample(
             metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all", rich_help_panel=_GOING_ON
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Render with workers of Ray: of the cluster at ADDRESS, or of one that is found or started here.",
+            show_default="off",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Workers of --ray.", min=1, show_default="all GPUs, or 1", rich_help_panel=_WORKERS),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(help="GPUs of each, such as 0.5.", min=0, show_default="1, or 0", rich_help_panel=_WORKERS),
+    ] = None,
     log_json: Annotated[
         Path | None, typer.Option(help="File of events, a JSON line each; - is stdout.", rich_help_panel=_FILES)
     ] = None,
@@ -176,7 +179,7 @@ def sample(
     stated = SamplingOptions() if config is None else sampling_options(config)
     for warning in stated.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    opened = open_bundle(bundle_folder(bundle))
+    opened = open_bundle(local_bundle(bundle, warn_on_terminal))
     framed = explain_bundle_options(
         opened,
         width=_first(width, stated.width),
@@ -191,13 +194,6 @@ def sample(
     settings = opened.manifest.defaults
     if guidance_parallel and low_memory:
         raise ConfigError("--guidance-parallel already takes the memory of --low-memory on each GPU; leave out one")
-    low_memory = (low_memory or settings.low_memory) and not guidance_parallel
-    loader = (
-        make_pair_loader(opened, engine, provider, gpu_memory)
-        if guidance_parallel
-        else make_loader(opened, engine, provider, gpu_memory, low_memory=low_memory)
-    )
-    opened.check()
     asked = {
         "num_steps": _first(num_steps, stated.num_steps),
         "guidance_scale": _first(guidance_scale, stated.guidance_scale),
@@ -207,62 +203,50 @@ def sample(
         "codec": codec,
         "crf": crf,
         "seed": _first(seed, stated.seed),
-        "low_memory": low_memory,
+        "low_memory": (low_memory or settings.low_memory) and not guidance_parallel,
         "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
         "step_cache": step_cache,
     }
     if codec not in (None, settings.codec):
         settings = replace(settings, crf=None)  # of the bundle's codec
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
-    pipeline = Pipeline(opened, loader, cache=_text_cache(opened, engine, provider, loader.environment()))
-    jobs = pipeline.prepare(boards, settings, output_dir, overwrite=overwrite)
     options = RenderOptions(
         checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
     )
-    _render(pipeline, jobs, options, log_json=log_json, wandb=wandb)
+    order = Order(bundle, output_dir, settings, Engine(engine, provider, gpu_memory, guidance_parallel), options)
+    cluster = _cluster(ray, workers, gpus_per_worker)
+    if wandb is not None and (cluster is not None or is_uri(output_dir)):
+        raise ConfigError("--wandb reads the files of a video: leave it out with --ray and with a URI")
+    on_ray = cluster is not None
+    display = RenderDisplay(several=len(boards) > 1 or on_ray, quiet=log_json == Path("-"), at_once=on_ray)
+    if cluster is None:
+        replica = Replica(opened, order, warn_on_terminal)
+        jobs = replica.prepare(boards, overwrite=overwrite)
+        run_and_report(
+            [job.name for job in jobs],
+            lambda on_event, _: replica.run(jobs, on_event),
+            display,
+            log_json=log_json,
+            wandb=wandb_log(wandb, jobs, display.progress.line),
+        )
+    else:
+        check_inputs(opened, boards, settings)
+        run_and_report(
+            [board.name for board in boards],
+            lambda on_event, signals: render_on_ray(cluster, order, boards, overwrite, on_event, signals),
+            display,
+            log_json=log_json,
+            wandb=nullcontext(lambda event: None),
+        )
 
 
-def _render(
-    pipeline: Pipeline, jobs: list[Job], options: RenderOptions, *, log_json: Path | None, wandb: str | None
-) -> None:
-    """Renders, displays and logs; exits with the code for the outcomes of the videos."""
-    display = RenderDisplay(several=len(jobs) > 1, quiet=log_json == Path("-"))
-    # What is left for wandb to send is sent last, when a signal ends the command at once.
-    with (
-        wandb_log(wandb, jobs, display.progress.line) as log_wandb,
-        _json_log(log_json, display) as log,
-        StopSignals() as signals,
-        display.progress,
-    ):
-
-        def on_event(event: Event) -> None:
-            for client in (log, log_wandb, display.show, signals.check):
-                client(event)
-
-        outcomes = pipeline.run(jobs, options=options, on_event=on_event)
-    if len(jobs) > 1 or any(isinstance(outcome, VideoSkipped) for outcome in outcomes.values()):
-        for line in summary([job.name for job in jobs], outcomes):
-            display.progress.line(line)
-    stopped = any(isinstance(outcome, VideoStopped) for outcome in outcomes.values())
-    if stopped or signals.received is not None:
-        display.progress.line(f"stopped; resume with: {resuming_command('ttt-video', sys.argv[1:])}")
-    if signals.received is not None:
-        raise typer.Exit(128 + signals.received)
-    _report(outcomes)
-    if display.output.failed:
-        raise typer.Exit(1)
-
-
-def _report(outcomes: dict[str, Outcome]) -> None:
-    """Raises CheckFailed where a video failed, RenderBusy where the only one is rendered by another process."""
-    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, VideoFailed)]
-    if len(outcomes) == 1 and failed:
-        raise CheckFailed(failed[0].message) from failed[0].error
-    if failed:
-        raise CheckFailed(f"{len(failed)} of {len(outcomes)} videos failed: {', '.join(one.video for one in failed)}")
-    match list(outcomes.values()):
-        case [VideoBusy(message=message)]:
-            raise RenderBusy(message)
+def _cluster(address: str | None, workers: int | None, gpus_per_worker: float | None) -> Cluster | None:
+    """Where the workers of --ray are. Raises ConfigError for options of it without it."""
+    if address is None:
+        if workers is not None or gpus_per_worker is not None:
+            raise ConfigError("--workers and --gpus-per-worker are for --ray: give it too, or leave them out")
+        return None
+    return Cluster(address, workers, gpus_per_worker)
 
 
 def _storyboards(paths: list[Path], prompts: list[str], negative_prompt: str | None) -> list[Storyboard]:
@@ -299,40 +283,3 @@ def _part(boards: list[Storyboard], shard: str | None) -> list[Storyboard]:
     if not 1 <= int(index) <= int(count):
         raise ConfigError(f"--shard is {shard}: the part must lie in 1 … {int(count)}")
     return [board for board in boards if in_shard(board, int(index), int(count))]
-
-
-@contextmanager
-def _json_log(path: Path | None, display: RenderDisplay) -> Iterator[OnEvent]:
-    """An `on_event` that writes a line of JSON for each event, at once; to nowhere where there is no path."""
-    if path is None:
-        yield lambda event: None
-        return
-    with ExitStack() as stack:
-        output = display.output
-        if path != Path("-"):
-            with writing(path):
-                output = LossyStream(stack.enter_context(path.open("a", encoding="utf-8")))
-
-        def write(event: Event) -> None:
-            output.write(to_json(event))
-            display.output.failed |= output.failed
-
-        yield write
-
-
-def _text_cache(
-    bundle: Bundle, engine: BackendName, provider: ProviderName | None, environment: dict[str, str]
-) -> TextCache:
-    """The cache of the texts that this engine has encoded: another's embeddings differ in the last bits."""
-    providers = available_providers() if provider is None else PROVIDERS.get(provider, (provider,))
-    runs_on = {
-        "onnxruntime": " ".join((engine, ort.__version__, *providers)),
-        "tensorrt": engine,
-        "torch": " ".join(environment.get(name, "") for name in ("engine", "torch", "provider", "gpu")),
-    }[engine]
-    return TextCache(
-        cache_folder("text"),
-        f"{bundle.component_digest(TEXT_ENCODER)} {runs_on}",
-        width=bundle.manifest.model.text_encoder.d_model,
-        verify=lambda: bundle.verify_component(TEXT_ENCODER),
-    )

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -105,7 +106,7 @@ class _WandbLog:
                 self._run.log({f"{name}/step": event.steps_done, f"{name}/preview": preview})
             case VideoDone():
                 seconds = {f"{name}/{stage}_seconds": value for stage, value in event.seconds.items()}
-                contact = self._wandb.Image(str(event.path.with_name(CONTACT)))
+                contact = self._wandb.Image(str(Path(event.path).with_name(CONTACT)))
                 video = self._wandb.Video(str(event.path), format="mp4")
                 self._run.log({f"{name}/contact_sheet": contact, f"{name}/video": video, **seconds})
             case VideoFailed():

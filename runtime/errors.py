@@ -53,6 +53,12 @@ class RenderBusy(TTTVideoError):
     """A video that another process renders; names that process."""
 
 
+class StoreUnreachable(TTTVideoError):
+    """An object store that did not answer in all of its retries. Nothing is wrong with the input: run again."""
+
+    exit_code = 1
+
+
 class NumericsError(TTTVideoError):
     """NaN or infinite values in a tensor: the precision is too narrow for the model."""
 

@@ -67,7 +67,8 @@ class PreviewWritten(Event):
     """A picture of the video as the model predicts it after `steps_done` steps is on the disk."""
 
     steps_done: int
-    path: Path
+    path: Path | str
+    """A string is the URI of an object store; so in the other events."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class WindowDecoded(Event):
 class VideoDone(Event):
     """The video and its sidecar are on the disk. `seconds` by stage, of all processes that worked on it."""
 
-    path: Path
+    path: Path | str
     seconds: dict[str, float]
 
 
@@ -98,7 +99,7 @@ class VideoDone(Event):
 class VideoSkipped(Event):
     """The video was done before."""
 
-    path: Path
+    path: Path | str
 
 
 @dataclass(frozen=True, eq=False)

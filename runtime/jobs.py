@@ -77,6 +77,24 @@ class Job:
         return [*self.storyboard.warnings, *self.ignored, *cuts]
 
 
+def check_inputs(bundle: Bundle, storyboards: Iterable[Storyboard], settings: Settings) -> None:
+    """Checks what needs neither a device nor the output folder.
+
+    Raises StoryboardError for a scene count without a graph or two videos of one name, ConfigError for settings out of
+    range.
+    """
+    model = bundle.manifest.model
+    check_steps(settings, model.diffusion)
+    video_format = VideoFormat(settings.fps, settings.crf, settings.codec)
+    check_encoder(video_format, width=model.width, height=model.height)
+    sources: dict[str, str] = {}
+    for storyboard in storyboards:
+        if (other := sources.get(storyboard.name)) is not None:
+            raise StoryboardError(f"{storyboard.source}: its video is named {storyboard.name}, as is that of {other}")
+        sources[storyboard.name] = storyboard.source
+        length_of(storyboard, bundle.manifest.lengths)
+
+
 def prepare_jobs(
     bundle: Bundle,
     storyboards: Iterable[Storyboard],
@@ -93,9 +111,8 @@ def prepare_jobs(
     """
     manifest = bundle.manifest
     model = manifest.model
-    check_steps(settings, model.diffusion)
-    video_format = VideoFormat(settings.fps, settings.crf, settings.codec)
-    check_encoder(video_format, width=model.width, height=model.height)
+    storyboards = list(storyboards)
+    check_inputs(bundle, storyboards, settings)
     settings = with_crf(settings)
     check_folder(output_dir)
     tokenizer = SceneTokenizer.from_file(bundle.path(TOKENIZER))
@@ -108,9 +125,6 @@ def prepare_jobs(
     )
     jobs: dict[str, Job] = {}
     for storyboard in storyboards:
-        if storyboard.name in jobs:
-            other = jobs[storyboard.name].storyboard.source
-            raise StoryboardError(f"{storyboard.source}: its video is named {storyboard.name}, as is that of {other}")
         length, ignored = length_of(storyboard, manifest.lengths), list[str]()
         if model.transformer.ttt_kind is None:
             storyboard, ignored = without_transitions(storyboard)

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from ttt_video_engine.runtime.run_record import (
     read_record,
     write_record,
 )
-from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, states_in
+from ttt_video_engine.runtime.step_state import HISTORY, LATENTS, is_state, states_in, steps_of
 
 TEXT, VIDEO, CONTACT, PREVIEW = "text.safetensors", "video.mp4", "contact.png", "preview.png"
 SIDECAR, FAILURE, LOCK = "video.json", "error.json", ".lock"
@@ -42,6 +42,27 @@ _PARTIAL = re.compile(
     re.ASCII,
 )
 """What `atomic_write` leaves of these files when its process is killed."""
+
+
+def is_kept(name: str) -> bool:
+    """Whether a file of this name is a whole product of a render: no lock, and nothing half-written."""
+    return name in (*_PRODUCTS, SIDECAR) or is_state(name)
+
+
+def kept_files(folder: Path) -> list[Path]:
+    """The whole files of a render: what says how it was begun first, what says that it is done last."""
+    order = {RECORD: 0, SIDECAR: 2}
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if is_kept(path.name)), key=lambda path: (order.get(path.name, 1), path.name))
+
+
+def progress(names: Iterable[str]) -> tuple[int, int]:
+    """How far a render with these files is; more of it compares greater."""
+    found = set(names)
+    stages = ((SIDECAR, 4), (LATENTS, 3), (TEXT, 1), (RECORD, 0))
+    steps = max((steps_of(name) for name in found if is_state(name)), default=0)
+    stage = next((stage for name, stage in stages if name in found), -1)
+    return (2, steps) if steps and stage < 3 else (stage, 0)
 
 
 def is_done(folder: Path) -> bool:

@@ -94,6 +94,16 @@ def state_path(folder: Path, steps_done: int) -> Path:
     return folder / f"state-{steps_done:04d}.safetensors"
 
 
+def is_state(name: str) -> bool:
+    """Whether a file of this name is a state."""
+    return _STATE.fullmatch(name) is not None
+
+
+def steps_of(name: str) -> int:
+    """The steps that are done in the state of this name."""
+    return int(name.removeprefix("state-").partition(".")[0])
+
+
 def states_in(folder: Path) -> dict[int, Path]:
     """The state files of a folder by the number of steps done, the newest first."""
     paths = folder.iterdir() if folder.is_dir() else ()

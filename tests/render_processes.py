@@ -117,7 +117,7 @@ def _command(request: dict[str, object]) -> None:
 def _stand_in(marks: object) -> None:
     from stand_in import StandInLoader
 
-    from ttt_video_engine.commands import decode, sample
+    from ttt_video_engine.commands import decode, replica
     from ttt_video_engine.commands.render_display import RenderDisplay
     from ttt_video_engine.runtime.bundle import Bundle
     from ttt_video_engine.runtime.events import Event
@@ -126,8 +126,8 @@ def _stand_in(marks: object) -> None:
         return StandInLoader(bundle)  # type: ignore[arg-type]
 
     Bundle.check = lambda self: None  # type: ignore[method-assign]  # of graphs that are not loaded
-    for command in (sample, decode):
-        setattr(command, "make_loader", make_loader)  # noqa: B010  # of a module, which mypy does not let assign
+    for module in (replica, decode):
+        setattr(module, "make_loader", make_loader)  # noqa: B010  # of a module, which mypy does not let assign
     if marks is None:
         return
     show = RenderDisplay.show

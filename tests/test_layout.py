@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ttt_video_engine"
-FOLDERS = ("commands", "engines", "export", "planning", "reference", "runtime")
+FOLDERS = ("commands", "engines", "export", "planning", "reference", "replicas", "runtime")
 SOURCES = [ROOT / "cli.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
 ALL_PYTHON = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 
@@ -46,7 +46,7 @@ def test_imports_only_go_down() -> None:
     run(Path(sys.executable).with_name("lint-imports"), "--no-cache")
 
 
-@pytest.mark.parametrize("folder", ["engines", "planning", "runtime"])
+@pytest.mark.parametrize("folder", ["engines", "planning", "replicas", "runtime"])
 def test_making_a_video_imports_no_torch(folder: str) -> None:
     assert run(sys.executable, "-c", IMPORT_ALL, folder).split() == []
 

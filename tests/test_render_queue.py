@@ -272,7 +272,7 @@ def test_a_command_with_a_failing_video(run: Run, shared_bundle: Path, tmp_path:
     opened = open_bundle(shared_bundle)
     loaders = iter([StandInLoader(opened, spoil("transformer", 1, np.nan)), StandInLoader(opened)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
-    monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", lambda *_, **__: next(loaders))
+    monkeypatch.setattr("ttt_video_engine.commands.replica.make_loader", lambda *_, **__: next(loaders))
     many = storyboard_file(tmp_path / "many.jsonl", [{"text": "A"}], [{"text": "B"}])
     one = storyboard_file(tmp_path / "one.json", [{"text": "C"}])
     log = tmp_path / "log.jsonl"
@@ -309,18 +309,20 @@ for name, outcome in outcomes.items():
 """
 
 
-def test_two_processes_share_a_queue(shared_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, 4])
+def test_processes_share_a_queue(shared_bundle: Path, tmp_path: Path, workers: int) -> None:
     """They start at once. Every video is made, with one sidecar that is its own; none fails."""
     command = [sys.executable, "-c", _ONE_OF_TWO, str(shared_bundle), str(tmp_path / "both")]
-    pair = [
-        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    started = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(workers)
     ]
-    for process in pair:
+    for process in started:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    told = [process.communicate(timeout=300)[0].split() for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
+    told = [process.communicate(timeout=300)[0].split() for process in started]
+    assert [process.returncode for process in started] == [0] * workers
     outcomes = [dict(zip(words[::2], words[1::2], strict=True)) for words in told]
     assert {kind for found in outcomes for kind in found.values()} <= {"VideoDone", "VideoSkipped", "VideoBusy"}
     render(shared_bundle, tmp_path / "alone", *(board(f"v{number}") for number in range(4)))

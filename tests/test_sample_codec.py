@@ -32,7 +32,7 @@ def sample(run: Run, shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return StandInLoader(bundle)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
-    monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", loader)
+    monkeypatch.setattr("ttt_video_engine.commands.replica.make_loader", loader)
     monkeypatch.setattr("ttt_video_engine.commands.decode.make_loader", loader)
     boards = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
 

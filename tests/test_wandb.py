@@ -36,7 +36,7 @@ def sample(run: Run, shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return StandInLoader(bundle)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # embeddings of the stand-in, not of the real encoder
-    monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", loader)
+    monkeypatch.setattr("ttt_video_engine.commands.replica.make_loader", loader)
 
     def run_sample(*options: object, videos: tuple[str, ...] = ("bear",)) -> tuple[int, str, str]:
         boards = [storyboard_file(tmp_path / f"{name}.json", [{"text": f"A {name}."}]) for name in videos]
@@ -112,7 +112,7 @@ def test_a_video_that_fails_is_logged(sample: Run, tmp_path: Path, monkeypatch: 
     def loader(bundle: Bundle, *_: object, **__: object) -> StandInLoader:
         return StandInLoader(bundle, spoil)
 
-    monkeypatch.setattr("ttt_video_engine.commands.sample.make_loader", loader)
+    monkeypatch.setattr("ttt_video_engine.commands.replica.make_loader", loader)
     assert sample("--wandb", "films")[0] == 1
     (logged,) = offline_runs(tmp_path)
     assert logged.exit_code == 1

@@ -34,8 +34,8 @@ class Fleet:
     step: float = 0.0
     rest: float = 0.0
     """Text and decoding."""
-    state: int = 253 * 16 * 60 * 90 * 4
-    """Latents [253, 16, 60, 90] in float32."""
+    state: int = 2 * 253 * 16 * 60 * 90 * 4
+    """Latents and x0, each [253, 16, 60, 90] in float32."""
     video: int = 60_000_000
     """An mp4 of 63 s, 720x480, 8 Mbit/s: an assumption."""
     failures: float = 419 / (54 * 24 * 16_384)

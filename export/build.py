@@ -12,7 +12,6 @@ from pathlib import Path
 from msgspec import UNSET, to_builtins
 from torch import nn
 
-from ttt_video_engine.engines.tensorrt.engine import readable_engines
 from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
 from ttt_video_engine.export.graphs.components import component_graphs, graph_weights
 from ttt_video_engine.export.graphs.graph import OPSET, Graph, read_signature, save, trace
@@ -42,7 +41,6 @@ from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import Settings, settings_for
-from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, VERSION, OpVersion
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
@@ -110,7 +108,6 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                op_version(previous, options),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -140,7 +137,6 @@ class _Build:
     inline: bool
     defaults: Settings
     quantize: Quantization
-    op_version: OpVersion
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -196,7 +192,6 @@ class _Build:
             self.lengths,
             inline=self.inline,
             quantize=self.quantize,
-            op_version=self.op_version,
         ):
             key = graph_key(
                 self.source.model,
@@ -308,12 +303,6 @@ class _Build:
         previous = self.stage.previous
         entry = None if previous is None else previous.manifest.graphs.get(name)
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
-
-
-def op_version(previous: Bundle | None, options: ExportOptions) -> OpVersion:
-    """The version of the TTT nodes: 1 for a bundle that has engines or gets some, since their plugins have that."""
-    with_engines = options.engines.gpus or (previous is not None and readable_engines(previous.root))
-    return VERSION if with_engines else PROJECTIONS_VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

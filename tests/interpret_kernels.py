@@ -50,7 +50,7 @@ def run(operator: Operator, inputs: Mapping[str, Tensor], names: tuple[str, ...]
             return known[pointer]
         return workspace[pointer - workspace.data_ptr() :].view(kind)
 
-    size = dict(zip(("C", "F"), operator.scan_size(shapes), strict=True))
+    size: dict[str, object] = dict(zip(("C", "F"), operator.scan_size(shapes), strict=True))
     for launch in operator.launches(call):
         if launch.part in ("scan", "resume"):
             # The interpreter silently computes wrong products of anything but float32.

@@ -21,7 +21,7 @@ from ttt_video_engine.export.parity.recordings import compare_recordings
 from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.rope import rotate
 from ttt_video_engine.runtime.config import TTTKind
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
+from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS
 
 ONE_MINI_BATCH, ALL = 1, 1 << 20
 """The most tokens of a chunk: a chunk has at least one mini-batch."""
@@ -61,15 +61,22 @@ def test_the_launches_compute_the_layer(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(interpreter: Interpreter, kind: TTTKind, dtype: torch.dtype) -> None:
+def test_chunks_change_no_bit_of_the_mlp(interpreter: Interpreter, dtype: torch.dtype) -> None:
     """The state between them is in float32, as it is on chip. The last chunk of 48 tokens is smaller."""
-    clip = Clip(kind, (2, 3, 2, 16), 2, patches=10)
+    clip = Clip("mlp", (2, 3, 2, 16), 2, patches=10)
     assert clip.layout.num_tokens % 48
     inputs = clip.inputs(dtype, backward=True)
-    whole = interpreter.run(kind, inputs, ALL)
+    whole = interpreter.run("mlp", inputs, ALL)
     for chunk in (ONE_MINI_BATCH, 48):
-        assert torch.equal(interpreter.run(kind, inputs, chunk), whole)
+        assert torch.equal(interpreter.run("mlp", inputs, chunk), whole)
+
+
+@pytest.mark.parametrize("chunk", [ONE_MINI_BATCH, 48, ALL])
+def test_the_linear_scan_stays_right_with_any_chunk(interpreter: Interpreter, chunk: int) -> None:
+    """It centres the state at each chunk, so it is not equal to the bit. Within one, no mean of the weights grows."""
+    clip = Clip("linear", (2, 3, 2, 16), 2, patches=10)
+    found = interpreter.run("linear", clip.inputs(torch.float32, backward=True), chunk)
+    assert error(found, clip.expected(backward=True)) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -80,11 +87,12 @@ def test_half_precision_rounds_what_the_scan_reads_once(
     """q, k and targets from the projections in float32, rounded; then the scan of the reference."""
     inputs = Clip(kind, (2, 3, 2, 32), 3).inputs(dtype, backward=True)
     heads, _ = inputs["norm_weight"].shape
-    angles = tuple(inputs[name].flatten(0, 1) for name in ("cos", "sin"))
+    angles = (inputs["cos"].flatten(0, 1), inputs["sin"].flatten(0, 1))
 
     def in_order(name: str, table: str = "tokens") -> Tensor:
         taken = inputs[name].float()[:, inputs[table].flatten().long()]
-        return taken.unflatten(-1, (heads, -1)).transpose(1, 2)
+        by_head: Tensor = taken.unflatten(-1, (heads, -1))
+        return by_head.transpose(1, 2)
 
     q, k = (rotate(functional.normalize(in_order(name), dim=-1), angles).to(dtype) for name in ("XQ", "XK"))
     difference = in_order("XV") - k.float()
@@ -109,8 +117,7 @@ def test_a_transformer_with_them_gives_what_was_recorded(
     def run(op: str, tensors: tuple[Tensor, ...], *_: Any, **__: Any) -> Tensor:
         (kind,) = (kind for kind, op_type in OP_TYPES.items() if op == f"{DOMAIN}::{op_type}")
         calls.append(kind)
-        names = projections_op.PROJECTIONS_INPUTS[kind]
-        return interpreter.run(kind, dict(zip(names, tensors, strict=True)), 48)
+        return interpreter.run(kind, dict(zip(PROJECTIONS_INPUTS[kind], tensors, strict=True)), 48)
 
     def test_time_training(block: SeqModelingBlock, attended: Tensor, layout: Any) -> Tensor:
         kind = block.config.ttt_kind

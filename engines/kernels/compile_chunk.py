@@ -1,5 +1,6 @@
-"""Compiles the kernels of version 2 of the TTT operator, which works through a clip in chunks."""
+"""Compiles the kernels of either version of the TTT operator; version 2 works through a clip in chunks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ttt_video_engine.engines.kernels.compile import (
     argument_types,
     assemble,
     check_size,
+    compile_kernel,
     constants,
     num_warps,
     source_digest,
@@ -17,6 +19,7 @@ from ttt_video_engine.engines.kernels.compile import (
 from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, Cubin, KernelPart, cubin_name
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
+from ttt_video_engine.runtime.ttt_op import OpVersion
 
 STATE = ("W1", "b1", "W2", "b2")
 START_SIZE = 1024
@@ -55,3 +58,14 @@ def _kernel(
         return ttt_chunk.ttt_start, {"SIZE": START_SIZE}
     kernel = ttt_chunk.ttt_prepare if part == "prepare" else ttt_chunk.ttt_finish
     return kernel, {"C": mini_batch_size, "F": head_dim}
+
+
+def _compile_scan(
+    op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, folder: Path
+) -> tuple[Cubin, ...]:
+    sizes = {"mini_batch_size": mini_batch_size, "head_dim": head_dim}
+    return (compile_kernel(op, gpu=gpu, dtype=dtype, folder=folder, **sizes),)
+
+
+KERNELS_OF_VERSION: dict[OpVersion, Callable[..., tuple[Cubin, ...]]] = {1: _compile_scan, 2: compile_chunk_kernels}
+"""What compiles all kernels of a version."""

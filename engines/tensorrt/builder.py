@@ -27,7 +27,7 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write, sha256_of
 from ttt_video_engine.runtime.runner import TensorSpec
-from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, OpVersion
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,17 @@ def _kernels(request: BuildRequest) -> tuple[str | None, tuple[str, ...], str]:
         return None, (), ""
     if not request.settings.plugins:
         return None, (), "built with --no-plugin"
-    from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel  # needs Triton
-    from ttt_video_engine.engines.kernels.compile_chunk import compile_chunk_kernels
+    from ttt_video_engine.engines.kernels.compile import NoKernel  # needs Triton
+    from ttt_video_engine.engines.kernels.compile_chunk import KERNELS_OF_VERSION
 
-    sizes = {"mini_batch_size": scans.mini_batch_size, "head_dim": scans.head_dim}
-    common = {"gpu": request.gpu, "dtype": request.dtype, "folder": request.kernels, **sizes}
     try:
-        cubins = (
-            [compile_kernel(scans.op, **common)]
-            if scans.version == VERSION
-            else compile_chunk_kernels(scans.op, **common)
+        cubins = KERNELS_OF_VERSION[scans.version](
+            scans.op,
+            gpu=request.gpu,
+            dtype=request.dtype,
+            mini_batch_size=scans.mini_batch_size,
+            head_dim=scans.head_dim,
+            folder=request.kernels,
         )
     except NoKernel as reason:
         return None, (), str(reason)

@@ -158,7 +158,8 @@ class ProjectionsOperator:
         named = dict(zip(ttt_op.PROJECTIONS_INPUTS[self.op], shapes, strict=True))
         heads, head_dim = named["norm_weight"]
         weights = tuple(prod(shape[1:]) for shape in _weights(self.op, heads, head_dim)[2:])
-        return _Sizes(named["XQ"][0], *named["tokens"], heads, head_dim, weights)
+        num_mini_batches, mini_batch_size = named["tokens"]
+        return _Sizes(named["XQ"][0], num_mini_batches, mini_batch_size, heads, head_dim, weights)
 
 
 @dataclass(frozen=True)

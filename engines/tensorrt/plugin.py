@@ -150,8 +150,9 @@ def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> A
         ) -> None:
             shapes = [tuple(tensor.dims) for tensor in inputs_desc]
             call = Call(activations[inputs_desc[0].type], shapes, inputs, outputs[0], workspace)
+            size = operator.scan_size(shapes)
             for launch in operator.launches(call):
-                name = cubin_name(operator.op, kernels.gpu, call.dtype, *operator.scan_size(shapes), launch.part)
+                name = cubin_name(operator.op, kernels.gpu, call.dtype, *size, launch.part)
                 kernels.get(name).launch(stream, launch.blocks, launch.pointers, launch.integers)
 
     return Plugin

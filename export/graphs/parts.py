@@ -21,7 +21,7 @@ from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.transformer import Modulation, TransformerLayer
 
-PARTS = 3
+PARTS = 7
 """Groups of scenes, and parts of the video. More would not lower the peak: that of TTT, which needs whole tensors."""
 
 

@@ -41,6 +41,7 @@ from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import Settings, settings_for
+from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, VERSION, OpVersion
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
@@ -108,6 +109,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
+                op_version(options),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -137,6 +139,7 @@ class _Build:
     inline: bool
     defaults: Settings
     quantize: Quantization
+    op_version: OpVersion
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -192,6 +195,7 @@ class _Build:
             self.lengths,
             inline=self.inline,
             quantize=self.quantize,
+            op_version=self.op_version,
         ):
             key = graph_key(
                 self.source.model,
@@ -303,6 +307,11 @@ class _Build:
         previous = self.stage.previous
         entry = None if previous is None else previous.manifest.graphs.get(name)
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
+
+
+def op_version(options: ExportOptions) -> OpVersion:
+    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the body of 2."""
+    return PROJECTIONS_VERSION if not options.engines.gpus or options.engines.settings.plugins else VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

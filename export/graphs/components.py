@@ -29,6 +29,7 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 from ttt_video_engine.runtime.quantization import Quantization
+from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, OpVersion
 
 
 def component_graphs(
@@ -38,13 +39,14 @@ def component_graphs(
     *,
     inline: bool = False,
     quantize: Quantization = "none",
+    op_version: OpVersion = PROJECTIONS_VERSION,
 ) -> list[Graph]:
     """All graphs of a component; the transformer has one for each of `lengths`. Keyword arguments are as in Graph."""
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
         graphs = (transformer_graph(module, model, length) for length in lengths)
-        return [replace(graph, inline=inline, quantize=quantize) for graph in graphs]
+        return [replace(graph, inline=inline, quantize=quantize, op_version=op_version) for graph in graphs]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]

@@ -122,7 +122,9 @@ class Gate:
             yield path
             return
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
-        graphs = component_graphs(module, self._subset_model, [graph.length], quantize=graph.quantize)
+        graphs = component_graphs(
+            module, self._subset_model, [graph.length], quantize=graph.quantize, op_version=graph.op_version
+        )
         part = _named(graph.name, graphs)
         ranges = {
             name: weights.ranges[full_weight_name(graph.component, name, self._subset_model, self.model)]

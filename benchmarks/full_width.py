@@ -6,7 +6,6 @@ default, and prints the activations that TensorRT states for each batch beside t
 """
 
 import argparse
-import dataclasses
 import gc
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
-from ttt_video_engine.runtime.ttt_op import VERSION
 
 LENGTHS = ("3s", "9s", "18s", "30s", "63s")
 
@@ -105,7 +103,7 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         torch.set_default_dtype(TORCH_DTYPES[part.dtype])
         transformer = DiffusionTransformer(model.transformer).eval()
         torch.set_default_dtype(torch.float32)
-        graph = dataclasses.replace(transformer_graph(transformer, model, part.length), op_version=VERSION)
+        graph = transformer_graph(transformer, model, part.length)
         weights = write_module(graph.module, folder / WEIGHTS_FILE)
         result.append(f"{weights.path.stat().st_size:,} bytes")
 

@@ -53,7 +53,7 @@ def inspect(
         for profile in entry.profiles:
             typer.echo(f"  profile {'; '.join(f'{name} {shapes}' for name, shapes in profile.items())}")
         if entry.plugins:
-            typer.echo(f"  {len(entry.plugins)} plugin layers, cubin {', '.join(sorted(set(entry.plugins.values())))}")
+            typer.echo(f"  {len(entry.plugins)} plugin layers, cubin {', '.join(entry.cubins)}")
         if entry.fallback:
             typer.echo(f"  TTT as standard operators: {entry.fallback}")
         typer.echo(f"  rebuild: {', '.join(stale_files[file.path.name]) or 'no, up to date'}")

@@ -12,7 +12,6 @@ from pathlib import Path
 from msgspec import UNSET, to_builtins
 from torch import nn
 
-from ttt_video_engine.engines.tensorrt.engine import readable_engines
 from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
 from ttt_video_engine.export.graphs.components import component_graphs, graph_weights
 from ttt_video_engine.export.graphs.graph import OPSET, Graph, read_signature, save, trace
@@ -110,7 +109,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                op_version(previous, options),
+                op_version(options),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -310,10 +309,9 @@ class _Build:
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def op_version(previous: Bundle | None, options: ExportOptions) -> OpVersion:
-    """The version of the TTT nodes: 1 for a bundle that has engines or gets some, since their plugins have that."""
-    with_engines = options.engines.gpus or (previous is not None and readable_engines(previous.root))
-    return VERSION if with_engines else PROJECTIONS_VERSION
+def op_version(options: ExportOptions) -> OpVersion:
+    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the body of 2."""
+    return PROJECTIONS_VERSION if not options.engines.gpus or options.engines.settings.plugins else VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

@@ -90,6 +90,8 @@ WEIGHTS = Artefact(
         **_NEVER_DECIDES,
         "export/graphs/attention_op.py": "graphs",
         "export/graphs/graph.py": "traces graphs with placeholder weights",
+        "export/graphs/order.py": "graphs",
+        "export/graphs/parts.py": "graphs",
         "export/graphs/projections_body.py": "graphs",
         "export/graphs/projections_op.py": "graphs",
         "export/graphs/repeat.py": "graphs",
@@ -117,6 +119,8 @@ GRAPHS = Artefact(
         "export/graphs/attention_op.py",
         "export/graphs/components.py",
         "export/graphs/graph.py",
+        "export/graphs/order.py",
+        "export/graphs/parts.py",
         "export/graphs/projections_*.py",
         "export/graphs/quantize.py",
         "export/graphs/repeat.py",
@@ -141,12 +145,13 @@ GRAPHS = Artefact(
 ENGINES = Artefact(
     entry_points=("export/engines.py", "engines/tensorrt/builder.py"),
     sources=(
-        "engines/kernels/compile.py",
+        "engines/kernels/compile*.py",
         "engines/kernels/cubin.py",
         "engines/kernels/tiles.py",
         "engines/kernels/ttt_*.py",
         "engines/tensorrt/builder.py",
         "engines/tensorrt/engine.py",
+        "engines/tensorrt/operators.py",
         "engines/tensorrt/package.py",
         "engines/tensorrt/plugin.py",
         "export/engines.py",  # profiles

@@ -149,7 +149,7 @@ def _finished_engines(stage: Path, wanted: Mapping[GraphOnGpu, Key]) -> set[Grap
 def _is_intact(engine: EngineFile) -> bool:
     try:
         engine.verify()
-        for cubin in set(engine.entry.plugins.values()):
+        for cubin in engine.entry.cubins:
             read_cubin(engine.path.with_name(Path(KERNELS).name), cubin)
     except BackendError:
         return False
@@ -276,5 +276,5 @@ def _reuse_engine(engine: EngineFile, stage: Path) -> None:
 def _files(engine: EngineFile) -> list[Path]:
     """Paths of an engine, its JSON, and the cubins that it launches, each with its JSON."""
     folder = engine.path.with_name(Path(KERNELS).name)
-    cubins = [path for cubin in sorted(set(engine.entry.plugins.values())) for path in folder.glob(f"{cubin}.*")]
+    cubins = [path for cubin in engine.entry.cubins for path in folder.glob(f"{cubin}.*")]
     return [engine.path, entry_path(engine.path), *cubins]

@@ -5,6 +5,8 @@ Only one component is in memory at a time. Estimates for ONNX Runtime on a CPU a
 for the transformer is compared with them by `benchmarks/full_width.py`. Nothing was measured on a GPU.
 """
 
+from math import ceil
+
 from msgspec import Struct
 
 from ttt_video_engine.engines.tensorrt.memory import GRAPH_RESERVE
@@ -34,10 +36,11 @@ RESIDENT_THREADS = 132 * 2048
 for each of them."""
 KERNEL_STACKS: dict[TTTKind, dict[DType, int]] = {
     "linear": {"float32": 136, "float16": 0, "bfloat16": 0},
-    "mlp": {"float32": 7320, "float16": 3152, "bfloat16": 2400},
+    "mlp": {"float32": 7320, "float16": 3152, "bfloat16": 2480},
 }
 """Bytes of stack per thread of the TTT kernels, for heads of 64: the most of all architectures, by the tensors' dtype.
-`python benchmarks/cubins.py`."""
+`python benchmarks/cubins.py`, which has the kernels of version 1. Those of version 2 have 8 to 10 % more in bfloat16 on
+sm_89 and sm_120, and were not compiled for other architectures and dtypes."""
 GPU_HOST_PROCESS = 1 << 30
 """RAM of a process that runs TensorRT: its libraries and the CUDA driver. Assumed, not measured."""
 BUILD_PROCESS = 512 << 20
@@ -48,14 +51,19 @@ BUILD_WEIGHTS = 2.0
 """Factor on the weights: the engine that TensorRT builds, and up to nine tenths of the weights once more. The file of
 the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
 `python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
-GPU_STREAMS = 15
-"""Live tensors [B, L, D] in a TTT pass of a layer, in the engine's precision: q, k and v packed; float32 copies of q
-and k for their norms, two each; four in the order of the scan; the residual, the output of attention, and two more.
-Fitted to TensorRT-RTX 1.7: `python benchmarks/full_width.py`."""
-GPU_HEAD_BYTES = 17.6
-"""Bytes per token and head besides: learning rates in float32 and their copies. Fitted likewise."""
-GPU_STREAMS_WITHOUT_TTT = 10
-"""Those of the MLP's hidden layer."""
+GPU_STREAMS = {1: 5.6, 2: 6.3}
+"""Live tensors [L, D] of each clip by batch: the residual, what TTT reads, q, k, v and its output. In a batch of two,
+parts of a clip are not contiguous, and some are copied. Fitted to TensorRT-RTX 1.7 at 3 and 9 s:
+`python benchmarks/full_width.py`."""
+GPU_LEAST_STREAMS = {1: 7.0, 2: 7.6}
+"""The least of them with those of attention, at 63 s. That of a batch of two was not measured."""
+GPU_GROUP_STREAMS = 5.3
+"""Tensors of the scenes that attention has at a time: q, k, v, and float32 copies of q and k for their norms. Fitted
+likewise."""
+GPU_PARTS = 7
+"""Parts that a layer in half precision is exported in."""
+GPU_STREAMS_FLOAT32 = 15
+"""Those in float32, whose layers are not in parts. Not measured: as with version 1 of the operator in bfloat16."""
 GPU_VAE_TENSORS = 5
 """Live activations in a residual block: the skip, scale and shift of the norm, the padded input, and the output."""
 
@@ -175,15 +183,16 @@ def _cpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int)
 
 
 def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int, item: int) -> int:
-    """GPU_STREAMS tensors and the learning rates, fewer without TTT. TensorRT fuses attention in half precision; in
-    float32, the scores are live twice. The state of the TTT layers is in their kernels' registers."""
+    """The most that is live in a layer. TensorRT fuses attention in half precision; in float32, the scores are live
+    twice. The state of the TTT layers is in their kernels' registers."""
     config = model.transformer
-    tokens = size.num_tokens(config.patch_size)
-    segment = segment_tokens(config, size)
-    scores = 2 * size.num_scenes * config.num_heads * segment**2 if item == FLOAT32 else 0
-    rates = int(GPU_HEAD_BYTES * tokens * config.num_heads) if config.ttt_kind else 0
-    streams = GPU_STREAMS if config.ttt_kind else GPU_STREAMS_WITHOUT_TTT
-    return batch * (item * (streams * tokens * config.model_dim + scores) + rates)
+    stream = size.num_tokens(config.patch_size) * config.model_dim
+    if item == FLOAT32:
+        scores = 2 * size.num_scenes * config.num_heads * segment_tokens(config, size) ** 2
+        return batch * item * (GPU_STREAMS_FLOAT32 * stream + scores)
+    group = ceil(size.num_scenes / GPU_PARTS) / size.num_scenes
+    streams = max(GPU_LEAST_STREAMS[batch], GPU_STREAMS[batch] + GPU_GROUP_STREAMS * group)
+    return int(batch * item * stream * streams)
 
 
 def _ttt_state(model: ModelConfig) -> int:

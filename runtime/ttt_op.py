@@ -1,7 +1,7 @@
 """The custom ONNX operators of the TTT layers: the exporter emits them, plugins and kernels implement them.
 
-Version 1 is the scan alone, of packed heads in the order of the scan; plugins and kernels implement it. Version 2 takes
-the projections of the layer, and has everything up to the norm of the layer's output.
+Version 1 is the scan alone, of packed heads in the order of the scan. Version 2 takes the projections of the layer, and
+has everything up to the norm of the layer's output; exports write it. TensorRT plugins implement both.
 """
 
 from typing import Literal
@@ -12,7 +12,6 @@ OpVersion = Literal[1, 2]
 
 DOMAIN = "ai.ttt"
 VERSION: OpVersion = 1
-"""That of plugins and kernels."""
 PROJECTIONS_VERSION: OpVersion = 2
 OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
 INPUTS: dict[TTTKind, tuple[str, ...]] = {

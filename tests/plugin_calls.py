@@ -1,5 +1,5 @@
 """A plugin from registration to launch, through its C++ interface: run by test_plugin_calls.py in a process that finds
-its fake driver, as `plugin_calls.py OP DTYPE KERNELS`. Writes found-OP.json."""
+its fake driver, as `plugin_calls.py OP VERSION DTYPE KERNELS`. Writes found.json."""
 
 import ctypes
 import json
@@ -11,50 +11,64 @@ from typing import Any, get_args
 import plugin_abi as abi
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, KernelPart, cubin_name, read_cubin
+from ttt_video_engine.engines.tensorrt import operators
 from ttt_video_engine.engines.tensorrt import plugin as plugins
 from ttt_video_engine.engines.tensorrt.package import load_package
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
-from ttt_video_engine.runtime.ttt_op import INPUTS, OP_TYPES
+from ttt_video_engine.runtime.ttt_op import INPUTS, OP_TYPES, PROJECTIONS_INPUTS
 
 GPU = "sm_89"
 BATCH, HEADS, MINI_BATCHES, HEAD_DIM = 2, 3, 5, 16
 MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
 LAYER = b"layers.0.ttt.forward"
-ETA = 3
-MOST_ARGUMENTS = 16
+MOST_ARGUMENTS = 32
+CHUNK_MINI_BATCHES = 2
+"""Of version 2: three chunks, of which the last has one mini-batch."""
+VERSIONS: dict[int, dict[TTTKind, tuple[str, ...]]] = {1: INPUTS, 2: PROJECTIONS_INPUTS}
+FLOAT32, INT32 = ("eta", "rate_scale", "cos", "sin"), ("tokens", "rate_tokens")
 
 
-def shapes(op: TTTKind, batch: int) -> list[tuple[int, ...]]:
-    clip = (batch, HEADS, MINI_BATCHES, MINI_BATCH[op], HEAD_DIM)
+def shapes(op: TTTKind, version: int, batch: int) -> list[tuple[int, ...]]:
+    clip: tuple[int, ...] = (batch, HEADS, MINI_BATCHES, MINI_BATCH[op], HEAD_DIM)
     hidden = 4 * HEAD_DIM
     inner: dict[TTTKind, list[tuple[int, ...]]] = {
         "linear": [(HEADS, HEAD_DIM, HEAD_DIM), (HEADS, 1, HEAD_DIM)],
         "mlp": [(HEADS, HEAD_DIM, hidden), (HEADS, 1, hidden), (HEADS, hidden, HEAD_DIM), (HEADS, 1, HEAD_DIM)],
     }
-    return [clip, clip, clip, clip[:4], (HEADS, HEAD_DIM), (HEADS, HEAD_DIM), *inner[op]]
+    weights = [(HEADS, HEAD_DIM), (HEADS, HEAD_DIM), *inner[op]]
+    if version == 1:
+        return [clip, clip, clip, clip[:4], *weights]
+    table, tokens = (MINI_BATCHES, MINI_BATCH[op]), MINI_BATCHES * MINI_BATCH[op]
+    clip, angles = (batch, tokens, HEADS * HEAD_DIM), (*table, HEAD_DIM // 2)
+    return [clip, clip, clip, (batch, tokens, HEADS), (), angles, angles, table, table, *weights]
 
 
 class Calls:
-    """Calls of one plugin. `types` are TensorRT's numbers of the activations' dtype and of float32."""
+    """Calls of one plugin. `types` are TensorRT's numbers of the activations' dtype, of float32 and of int32."""
 
-    def __init__(self, op: TTTKind, types: tuple[int, int]) -> None:
-        self.op, (self.type, self.float32) = op, types
-        self.count = len(INPUTS[op])
-        self.dtypes = [self.float32 if number == ETA else self.type for number in range(self.count)]
+    def __init__(self, op: TTTKind, version: int, types: tuple[int, int, int]) -> None:
+        self.op, self.version, (self.type, self.float32, self.int32) = op, version, types
+        self.names = VERSIONS[version][op]
+        self.count = len(self.names)
+        own = dict.fromkeys(FLOAT32, self.float32) | dict.fromkeys(INT32, self.int32)
+        self.dtypes = [own.get(name, self.type) for name in self.names]
+
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        return shapes(self.op, self.version, batch)
 
     def descs(self, batch: int, **changed: tuple[int, ...]) -> Any:
         """Inputs, or those of another shape by name."""
-        tensors = zip(INPUTS[self.op], shapes(self.op, batch), self.dtypes, strict=True)
+        tensors = zip(self.names, self.shapes(batch), self.dtypes, strict=True)
         return array(abi.TensorDesc, [abi.tensor_desc(changed.get(name, shape), kind) for name, shape, kind in tensors])
 
     def output(self, batch: int) -> Any:
-        return array(abi.TensorDesc, [abi.tensor_desc(shapes(self.op, batch)[0], self.type)])
+        return array(abi.TensorDesc, [abi.tensor_desc(self.shapes(batch)[0], self.type)])
 
     def dynamic(self, **changed: tuple[int, ...]) -> Any:
         """Inputs, then the output, with a batch of 1 to 2."""
-        whole = [*zip(INPUTS[self.op], shapes(self.op, -1), self.dtypes, strict=True)]
+        whole = [*zip(self.names, self.shapes(-1), self.dtypes, strict=True)]
         tensors = [*whole, ("XQW", whole[0][1], self.type)]
         return array(
             abi.DynamicTensorDesc, [abi.dynamic_desc(changed.get(name, shape), kind) for name, shape, kind in tensors]
@@ -73,7 +87,7 @@ class Calls:
         status = capability.call("getOutputDataTypes", types, 1, (c_int32 * count)(*self.dtypes), count)
         found["output type"] = [status, types[0]]
         found["output shape"] = self.output_shape(capability)
-        found["other shape"] = self.output_shape(capability, XV=(-1, HEADS, MINI_BATCHES, 1, HEAD_DIM))[0]
+        found["other shape"] = self.output_shape(capability, XV=(*self.shapes(-1)[2][:-1], 1))[0]
         found["configured"] = capability.call("configurePlugin", both, count, ctypes.pointer(both[count]), 1)
         other = self.dynamic(W1=(HEADS, 1, 1))
         found["not configured"] = capability.call("configurePlugin", other, count, ctypes.pointer(other[count]), 1)
@@ -83,7 +97,7 @@ class Calls:
     def output_shape(self, capability: abi.Interface, **changed: tuple[int, ...]) -> list[object]:
         """Status, rank, and which expression of XQ each axis of the output is."""
         expressions = abi.Expressions()
-        whole = zip(INPUTS[self.op], shapes(self.op, -1), strict=True)
+        whole = zip(self.names, self.shapes(-1), strict=True)
         inputs = array(abi.DimsExprs, [expressions.exprs(changed.get(name, shape)) for name, shape in whole])
         outputs = (abi.DimsExprs * 1)()
         none = (abi.DimsExprs * 1)()
@@ -102,53 +116,61 @@ class Calls:
             return bool(capability.call("supportsFormatCombination", position, tensors, self.count, 1))
 
         positions = range(self.count + 1)
-        int32 = 3
         return {
             "same": [ask(position) for position in positions],
             "float32": [ask(position, self.float32) for position in positions],
-            "int32": [ask(position, int32) for position in positions],
+            "int32": [ask(position, self.int32) for position in positions],
             "another layout": [ask(position, layout=1) for position in positions],
         }
 
-    def run(self, capability: abi.Interface, folder: Path, dtype: DType) -> dict[str, object]:
-        name = cubin_name(self.op, GPU, dtype, MINI_BATCH[self.op], HEAD_DIM)
-        cubin, _ = read_cubin(folder, name)
-        sizes = [4 if parameter.startswith("num_") else 8 for parameter in cubin.parameters]
-        driver().fake_expect((c_int32 * len(sizes))(*sizes), len(sizes))
+    def run(self, capability: abi.Interface, folder: Path, dtype: DType, workspace: int) -> dict[str, object]:
+        parts: tuple[KernelPart, ...] = ("scan",) if self.version == 1 else CHUNK_PARTS
+        cubins = {}
+        for part in parts:
+            cubin, _ = read_cubin(folder, cubin_name(self.op, GPU, dtype, MINI_BATCH[self.op], HEAD_DIM, part))
+            sizes = [4 if parameter.startswith("num_") else 8 for parameter in cubin.parameters]
+            driver().fake_expect(cubin.entry.encode(), (c_int32 * len(sizes))(*sizes), len(sizes))
+            cubins[cubin.entry] = cubin
         stream = cuda.Stream()
         tensors = [cuda.DeviceBuffer(64, stream) for _ in range(self.count + 1)]
         addresses = [tensor.pointer for tensor in tensors]
-        found: dict[str, object] = {"tactic": capability.call("setTactic", 0)}
+        room = cuda.DeviceBuffer(max(workspace, 64), stream)
+        found: dict[str, object] = {"tactic": capability.call("setTactic", 0), "room": room.pointer}
         descs, output = self.descs(BATCH), self.output(BATCH)
         found["shape"] = capability.call("onShapeChange", descs, self.count, output, 1)
-        other = self.descs(BATCH, eta=(BATCH, HEADS, MINI_BATCHES, 1))
+        other = self.descs(BATCH, norm_bias=(HEADS, 1))
         found["other shape"] = capability.call("onShapeChange", other, self.count, output, 1)
 
         def enqueue(pointers: list[int], batch: int = BATCH) -> int:
             inputs, outputs = (c_void_p * self.count)(*pointers[:-1]), (c_void_p * 1)(pointers[-1])
-            arguments = (self.descs(batch), self.output(batch), inputs, outputs, None, stream.handle)
+            arguments = (self.descs(batch), self.output(batch), inputs, outputs, room.pointer, stream.handle)
             return int(capability.call("enqueue", *arguments))
 
-        launches = []
+        runs = []
         for batch in (BATCH, 1):
+            driver().fake_forget()
             status = enqueue(addresses, batch)
-            state, passed = launched()
-            launches.append({"status": status, "arguments": passed, **state})
-        found["launches"] = launches
+            launches, last = recorded(), launched()
+            runs.append({"status": status, "launches": launches, "last": last})
+        found["runs"] = runs
         found["addresses"], found["stream"] = addresses, stream.handle
-        found["misaligned"] = [enqueue([addresses[0] + 2, *addresses[1:]]), launched()[0]["number"]]
-        found["cubin"] = {"threads": 32 * cubin.num_warps, "shared": cubin.shared_memory}
+        driver().fake_forget()
+        found["misaligned"] = [enqueue([addresses[0] + 2, *addresses[1:]]), names_of(recorded())]
+        found["cubins"] = {
+            entry: {"threads": 32 * cubin.num_warps, "shared": cubin.shared_memory} for entry, cubin in cubins.items()
+        }
         fields = capability.call("getFieldsToSerialize")
         found["fields"] = fields.contents.count if fields else None
         return found
 
-    def without_cubin(self, capability: abi.Interface) -> list[int]:
-        """Statuses of onShapeChange and enqueue, and the number of launches so far."""
+    def without_cubin(self, capability: abi.Interface) -> list[object]:
+        """Statuses of onShapeChange and enqueue, and the launches."""
+        driver().fake_forget()
         descs, output = self.descs(BATCH), self.output(BATCH)
         shape = capability.call("onShapeChange", descs, self.count, output, 1)
         inputs, outputs = (c_void_p * self.count)(*[64] * self.count), (c_void_p * 1)(64)
         status = capability.call("enqueue", descs, output, inputs, outputs, None, cuda.Stream().handle)
-        return [shape, status, launched()[0]["number"]]
+        return [shape, status, recorded()]
 
 
 def array(kind: Any, items: list[Any]) -> Any:
@@ -159,28 +181,43 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def launched() -> tuple[dict[str, int], list[int]]:
-    """The last launch that the fake driver was asked for: its settings, and all its arguments."""
-    names = ("blocks", "threads", "shared", "stream", "first", "number")
-    values, arguments = (c_uint64 * 9)(), (c_uint64 * MOST_ARGUMENTS)()
+def launched() -> dict[str, int]:
+    """The settings of the last launch that the fake driver was asked for."""
+    names = ("blocks", "threads", "shared", "stream")
+    values = (c_uint64 * 9)()
     driver().fake_report(values)
-    count = driver().fake_arguments(arguments)
-    return dict(zip(names, values, strict=False)), list(arguments[:count])
+    return dict(zip(names, values, strict=False))
 
 
-def main(op: TTTKind, dtype: DType, folder: Path) -> None:
+def recorded() -> list[tuple[str, int, list[int]]]:
+    """Entry point, blocks and all arguments of each launch."""
+    library, found = driver(), []
+    library.fake_launch.restype = ctypes.c_char_p
+    for index in range(library.fake_launches()):
+        blocks, arguments, count = c_uint64(), (c_uint64 * MOST_ARGUMENTS)(), c_int32()
+        name = library.fake_launch(index, ctypes.byref(blocks), arguments, ctypes.byref(count))
+        found.append((name.decode(), blocks.value, list(arguments[: count.value])))
+    return found
+
+
+def names_of(launches: list[tuple[str, int, list[int]]]) -> list[str]:
+    return [name for name, _, _ in launches]
+
+
+def main(op: TTTKind, version: int, dtype: DType, folder: Path) -> None:
+    operators.CHUNK_TOKENS = CHUNK_MINI_BATCHES * MINI_BATCH[op]
     cuda.device()
     package = load_package("tensorrt_rtx")
-    types = int(package.dtypes[dtype]), int(package.dtypes["float32"])
+    types = int(package.dtypes[dtype]), int(package.dtypes["float32"]), int(package.api.DataType.INT32)
     found: dict[str, Any] = {"type": types[0]}
     with plugins.registered_plugins(package, folder, GPU):
         registry = package.api.get_plugin_registry()
-        made = registry.get_creator(OP_TYPES[op], plugins.VERSION, plugins.NAMESPACE)
+        made = registry.get_creator(OP_TYPES[op], str(version), plugins.NAMESPACE)
         creator = abi.creator(made)
         names = ("getPluginName", "getPluginVersion", "getPluginNamespace")
         found["creator"] = [creator.call(name).decode() for name in names]
         found["creator's fields"] = creator.call("getFieldNames").contents.count
-        calls = Calls(op, types)
+        calls = Calls(op, version, types)
         for phase in ("BUILD", "RUNTIME"):
             number = int(getattr(package.api.TensorRTPhase, phase))
             layer = abi.plugin(creator.call("createPlugin", LAYER, ctypes.pointer(abi.FieldCollection()), number))
@@ -192,16 +229,16 @@ def main(op: TTTKind, dtype: DType, folder: Path) -> None:
                 "clone": [twin.address != build.address, calls.build(twin)],
             }
         _, _, attached = abi.capabilities(abi.plugin(runtime.call("attachToContext", None)))
-        found["run"] = calls.run(attached, folder, dtype)
+        found["run"] = calls.run(attached, folder, dtype, found["RUNTIME"]["build"]["workspace"])
         found["attached"] = attached.address != runtime.address
     with plugins.registered_plugins(package, folder / "empty", GPU):
-        made = registry.get_creator(OP_TYPES[op], plugins.VERSION, plugins.NAMESPACE)
+        made = registry.get_creator(OP_TYPES[op], str(version), plugins.NAMESPACE)
         layer = abi.plugin(abi.creator(made).call("createPlugin", LAYER, ctypes.pointer(abi.FieldCollection()), 1))
         found["no cubin"] = calls.without_cubin(abi.capabilities(layer)[2])
-    Path(f"found-{op}.json").write_text(json.dumps(found))
+    Path("found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    kind, precision, kernels = sys.argv[1:]
+    kind, number, precision, kernels = sys.argv[1:]
     assert kind in get_args(TTTKind) and precision in get_args(DType)
-    main(kind, precision, Path(kernels))  # type: ignore[arg-type]  # checked above
+    main(kind, int(number), precision, Path(kernels))  # type: ignore[arg-type]  # checked above

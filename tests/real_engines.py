@@ -1,27 +1,23 @@
 """Engines that tests build for a GPU: of graphs of a bundle, and of a single TTT node."""
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
 import pytest
+from torch import Tensor
 
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
 from ttt_video_engine.engines.tensorrt.engine import FOLDER, KERNELS, BuildSettings, EngineFile
+from ttt_video_engine.engines.tensorrt.operators import ProjectionsOperator, ScanOperator
 from ttt_video_engine.engines.tensorrt.package import load_package, package_for
 from ttt_video_engine.export.engines import profiles
-from ttt_video_engine.export.graphs.components import transformer_graph
-from ttt_video_engine.export.graphs.graph import OPSET, read_signature, save, trace
-from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, lay_out
-from ttt_video_engine.reference.checkpoints.lazy import lazy_state
-from ttt_video_engine.reference.initialise import with_placeholder_weights
-from ttt_video_engine.reference.transformer import DiffusionTransformer
+from ttt_video_engine.export.graphs.graph import OPSET, read_signature
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
-from ttt_video_engine.runtime.ttt_op import DOMAIN, INPUTS, OP_TYPES, VERSION
+from ttt_video_engine.runtime.ttt_op import DOMAIN, INPUTS, OP_TYPES, PROJECTIONS_VERSION, VERSION
 
 ONNX_DTYPES: dict[DType, int] = {
     "float32": onnx.TensorProto.FLOAT,
@@ -49,9 +45,7 @@ def build_graphs(bundle: Bundle, graphs: Iterable[str], gpu: str, *, plugins: bo
         scans = Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
         request = BuildRequest(
             graph=name,
-            onnx=_with_version_1(bundle, name)
-            if plugins and name.startswith("transformer")
-            else bundle.path(graph.file),
+            onnx=bundle.path(graph.file),
             gpu=gpu,
             dtype=manifest.dtype,
             inputs=graph.inputs,
@@ -70,39 +64,35 @@ def build_graphs(bundle: Bundle, graphs: Iterable[str], gpu: str, *, plugins: bo
         build_engine(request, bundle.root / FOLDER, lambda phase, done, total: None)
 
 
-def _with_version_1(bundle: Bundle, name: str) -> Path:
-    """The transformer of a bundle with TTT nodes that are plugins', in a file of its own."""
-    manifest = bundle.manifest
-    entry = manifest.graphs[name]
-    dtype = TORCH_DTYPES[manifest.dtype]
-    module = with_placeholder_weights(lambda: DiffusionTransformer(manifest.model.transformer), dtype)
-    graph = transformer_graph(module, manifest.model, name.removeprefix("transformer-"))
-    graph = dataclasses.replace(graph, op_version=VERSION)
-    path = bundle.path(entry.file).with_name(f"plugins-{graph.length}.onnx")
-    save(
-        trace(graph), path, lay_out(lazy_state(graph.module.state_dict()), bundle.path(entry.weights), dtype), graph.ttt
-    )
-    return path
+def build_scan(folder: Path, op: TTTKind, dtype: DType, tensors: Mapping[str, Tensor], gpu: str) -> EngineFile:
+    """An engine of one TTT node, as a plugin, of the version that takes these inputs. Integers are constants.
 
-
-def build_scan(folder: Path, op: TTTKind, dtype: DType, shapes: Sequence[Sequence[int]], gpu: str) -> EngineFile:
-    """An engine of one TTT node, as a plugin. Its graph has the name of a transformer's, so that runs are captured."""
-    names, kind = INPUTS[op], ONNX_DTYPES[dtype]
+    Its graph has the name of a transformer's, so that runs are captured.
+    """
+    version = VERSION if set(tensors) == set(INPUTS[op]) else PROJECTIONS_VERSION
+    operator = ScanOperator(op) if version == VERSION else ProjectionsOperator(op)
+    names, shapes = list(tensors), [tuple(tensor.shape) for tensor in tensors.values()]
+    kinds = dict(zip(names, operator.dtypes(), strict=True))
+    own = {None: ONNX_DTYPES[dtype], "float32": onnx.TensorProto.FLOAT}
     inputs = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT if name == "eta" else kind, shape)
+        onnx.helper.make_tensor_value_info(name, own[kinds[name]], shape)
         for name, shape in zip(names, shapes, strict=True)
+        if kinds[name] in own
     ]
-    output = onnx.helper.make_tensor_value_info("XQW", kind, shapes[0])
-    plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-    node = onnx.helper.make_node(OP_TYPES[op], list(names), ["XQW"], name="scan", domain=DOMAIN, **plugin)
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    constants = [
+        onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items() if kinds[name] == "int32"
+    ]
+    output = onnx.helper.make_tensor_value_info("XQW", ONNX_DTYPES[dtype], shapes[0])
+    plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(version)}
+    node = onnx.helper.make_node(OP_TYPES[op], names, ["XQW"], name="scan", domain=DOMAIN, **plugin)
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, version)]
     model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "scan", inputs, [output]), opset_imports=opsets, ir_version=10
+        onnx.helper.make_graph([node], "scan", inputs, [output], constants), opset_imports=opsets, ir_version=10
     )
     path = folder / "scan.onnx"
     onnx.save(model, path)
     found, outputs = read_signature(path)
-    _, _, _, mini_batch_size, head_dim = shapes[0]
+    mini_batch_size, head_dim = operator.scan_size(shapes)
     (folder / FOLDER).mkdir(exist_ok=True)
     request = BuildRequest(
         graph="transformer-scan",
@@ -114,6 +104,6 @@ def build_scan(folder: Path, op: TTTKind, dtype: DType, shapes: Sequence[Sequenc
         profiles=(),
         settings=BuildSettings(),
         kernels=folder / KERNELS,
-        scans=Scans(op, mini_batch_size, head_dim, count=1),
+        scans=Scans(op, mini_batch_size, head_dim, count=1, version=version),
     )
     return build_engine(request, folder / FOLDER, lambda phase, done, total: None)

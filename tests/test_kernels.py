@@ -48,10 +48,11 @@ class Interpreter:
             text=True,
         )
 
-    def run(self, op: TTTKind, inputs: Mapping[str, Tensor]) -> Tensor:
+    def run(self, op: TTTKind, inputs: Mapping[str, Tensor], chunk: int | None = None) -> Tensor:
+        """The output of version 1, or with `chunk`, the most tokens of a chunk, that of version 2."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        save_file(dict(inputs), self._source)
-        self._process.stdin.write(f"{op}\n")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, self._source)
+        self._process.stdin.write(f"{op}\n" if chunk is None else f"{op} {chunk}\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline() == "done\n"
         return load_file(self._target)["XQW"]

@@ -196,9 +196,8 @@ def test_a_verdict_and_commands(run: Run) -> None:
     ("arguments", "settings"),
     [
         ([*MUST_SHOW, "90GB"], {}),
-        ([*MUST_SHOW, "80GB"], {"low_memory": True}),
-        ([*MUST_SHOW, "48GB"], {"low_memory": True, "weight_streaming": True}),
-        ([*MUST_SHOW, "24GB"], {"length": "30s", "low_memory": True, "weight_streaming": True}),
+        ([*MUST_SHOW, "48GB"], {"low_memory": True}),
+        ([*MUST_SHOW, "24GB"], {"low_memory": True, "weight_streaming": True}),
         ([*IN_3S, "--dtype", "bf16", "--gpu-memory", "14.5GiB"], {"weight_streaming": True}),
         ([*IN_3S, "--gpu-memory", "80GB"], {"dtype": "bfloat16"}),
         (["plan", "--preset", "tiny", "--gpu-memory", "4GB", "--width", "160"], {}),
@@ -256,19 +255,14 @@ def test_streaming_needs_the_memory_of_the_host(run: Run) -> None:
     assert streaming["ram"] - plain["ram"] == plain["needed"] - streaming["needed"] == weights
 
 
-# Bytes that TensorRT-RTX 1.7 states for one layer, which are those of 42, in bfloat16 for sm_120:
-# `python benchmarks/full_width.py --memory`, on 2026-11-26.
+# Bytes that TensorRT-RTX 1.7 states for one layer in bfloat16 for sm_120: `python benchmarks/full_width.py --memory`,
+# 2026-11-27. What is not here was not measured since layers are in parts.
 STATED = {
-    ("3s", 1): 1_677_908_992,
-    ("3s", 2): 3_347_625_472,
-    ("9s", 1): 4_785_783_808,
-    ("9s", 2): 9_563_375_104,
-    ("18s", 1): 9_428_328_448,
-    ("18s", 2): 18_848_464_384,
-    ("30s", 1): 15_656_923_136,
-    ("30s", 2): 31_305_653_760,
-    ("63s", 1): 32_660_319_232,
-    ("63s", 2): 65_312_445_952,
+    ("3s", 1): 1_214_743_552,
+    ("3s", 2): 2_544_388_608,
+    ("9s", 1): 2_330_412_032,
+    ("9s", 2): 5_058_954_752,
+    ("63s", 1): 15_166_536_704,
 }
 
 
@@ -282,7 +276,7 @@ def test_activations_are_those_that_tensorrt_states(length: str, batch: int, ttt
 def test_what_cuda_keeps_is_part_of_the_plan(run: Run) -> None:
     plain = planned(run, *MUST_SHOW, "80GB")["components"]
     low = planned(run, *MUST_SHOW, "80GB", "--ttt", "linear")["components"]
-    stacks = 2400 * 132 * 2048
+    stacks = 2480 * 132 * 2048
     assert plain["transformer"]["gpu"]["reserve"] - low["transformer"]["gpu"]["reserve"] == stacks
     assert low["transformer"]["gpu"]["reserve"] > 0, "a CUDA graph"
     for part in plain.values():

@@ -14,22 +14,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from test_runner import add_engine
 from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
-from ttt_video_engine.export.build import ExportOptions, op_version
-from ttt_video_engine.export.engines import EngineRequest
 from ttt_video_engine.export.graphs.graph import OPSET, read_signature
 from ttt_video_engine.export.graphs.projections_op import scan_order
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, function_body
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt_layer import TTTLayer, TTTWrapper
-from ttt_video_engine.runtime.bundle import open_bundle
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 from ttt_video_engine.runtime.presets import tiny
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION, VERSION
+from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION
 
 Array = NDArray[np.float64]
 
@@ -45,14 +41,26 @@ SIZES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sa
 class Clip:
     """A layer whose own projections are given, and a clip for it. All is random but like that of a trained layer."""
 
-    def __init__(self, kind: TTTKind, sizes: tuple[int, int, int, int], seed: int, *, patches: int = 4) -> None:
+    def __init__(
+        self,
+        kind: TTTKind,
+        sizes: tuple[int, int, int, int],
+        seed: int,
+        *,
+        patches: int = 4,
+        mini_batch_size: int = 16,
+    ) -> None:
         batch, scenes, heads, head_dim = sizes
         generator = torch.Generator().manual_seed(seed)
         self.config = replace(
-            tiny(kind).transformer, model_dim=heads * head_dim, num_heads=heads, mini_batch_size=16, ttt_base_lr=20.0
+            tiny(kind).transformer,
+            model_dim=heads * head_dim,
+            num_heads=heads,
+            mini_batch_size=mini_batch_size,
+            ttt_base_lr=20.0,
         )
         frames = self.config.attn_length * scenes + self.config.prefix_temporal_length
-        text = next(n for n in range(1, 17) if (n * scenes + frames * patches) % 16 == 0)
+        text = next(n for n in range(1, 1 + mini_batch_size) if (n * scenes + frames * patches) % mini_batch_size == 0)
         self.layout = TokenLayout(self.config, scenes, text, frames, 2, patches // 2)
         self.layer: TTTLayer = TTTWrapper(kind, self.config).ttt
         with torch.no_grad():
@@ -205,11 +213,3 @@ def test_a_graph_of_the_exporter_of_version_1_still_runs() -> None:
         found = np.asarray(runner.run(feeds)["velocity"], np.float64)
     with torch.no_grad():
         assert relative_error(found, transformer(latents, text, timestep)) < 1e-5
-
-
-def test_a_bundle_with_engines_keeps_the_version_of_their_plugins(bundle: Path) -> None:
-    plain, with_engines = ExportOptions(), ExportOptions(engines=EngineRequest(gpus=("sm_89",)))
-    assert [op_version(None, plain), op_version(None, with_engines)] == [PROJECTIONS_VERSION, VERSION]
-    assert op_version(open_bundle(bundle), plain) == PROJECTIONS_VERSION
-    add_engine(bundle, "1.7")
-    assert op_version(open_bundle(bundle), plain) == VERSION

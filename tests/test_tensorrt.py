@@ -27,7 +27,7 @@ from messages import (
 )
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.kernels.cubin import read_cubin
+from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, read_cubin
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
@@ -40,7 +40,7 @@ from ttt_video_engine.engines.tensorrt.engine import (
     find_engine,
     list_engines,
 )
-from ttt_video_engine.engines.tensorrt.plugin import check_shapes
+from ttt_video_engine.engines.tensorrt.operators import ProjectionsOperator, ScanOperator
 from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import engines as exported_engines
 from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
@@ -79,8 +79,7 @@ def request(
         path.parent.mkdir(parents=True, exist_ok=True)
         shared = path.with_name(WEIGHTS_FILE)
         weights = write_module(graph.module, shared)
-        traced = onnx_graph.trace(dataclasses.replace(graph, op_version=VERSION))
-        onnx_graph.save(traced, path, weights, graph.ttt)
+        onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
     inputs, outputs = onnx_graph.read_signature(path)
     return BuildRequest(
         graph=graph.name,
@@ -125,8 +124,10 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
         layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in WAYS]
         assert sorted(entry.plugins) == sorted(layers) and entry.fallback == ""
         (name,) = set(entry.plugins.values())
+        cubins = [read_cubin(tmp_path / KERNELS, name)[0] for name in entry.cubins]
+        assert {cubin.part for cubin in cubins} == set(CHUNK_PARTS) and name in entry.cubins
         cubin, _ = read_cubin(tmp_path / KERNELS, name)
-        assert (cubin.op, cubin.gpu, cubin.dtype) == (ttt, gpu, dtype)
+        assert (cubin.op, cubin.part, cubin.gpu, cubin.dtype) == (ttt, "resume", gpu, dtype)
         assert (cubin.mini_batch_size, cubin.head_dim) == (config.mini_batch_size, config.head_dim)
         shapes = [(batch, 13, 16, 8, 12) for batch in (1, 2)]
         assert [profile["latents"] for profile in entry.profiles] == [
@@ -135,7 +136,8 @@ def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dt
         one, both = entry.activations
         assert one < both, "half, but for what a model of this size needs at any batch"
 
-        entry = built(request(tmp_path, graph, dtype, gpu, scans=scans, plugins=False), tmp_path)
+        first = dataclasses.replace(graph, op_version=VERSION, file=f"version-1/{graph.file}")
+        entry = built(request(tmp_path, first, dtype, gpu, scans=scans, plugins=False), tmp_path)
         assert entry.plugins == {} and holds(entry.fallback, "--no-plugin")
 
 
@@ -154,6 +156,7 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
     transformer = replace(model.transformer, model_dim=96, num_heads=2, num_layers=1)  # heads of 48
     odd = replace(model, transformer=transformer)
     graph = transformer_graph(SeededSource(odd, seed=0).transformer().load().half(), odd, "3s")
+    graph = dataclasses.replace(graph, op_version=VERSION)  # TensorRT-RTX 1.7 cannot build the body of version 2
     entry = built(request(tmp_path, graph, "float16", "sm_89", scans=Scans("linear", 16, 48, count=2)), tmp_path)
     assert entry.plugins == {}
     names(entry.fallback, 48, 16, 32, 64, 128)
@@ -332,10 +335,41 @@ def test_a_plugin_names_the_input_that_does_not_fit(
 ) -> None:
     clip = (2, 4, 28, 16, 16)
     shapes: list[tuple[int, ...]] = [clip, clip, clip, clip[:4], (4, 16), (4, 16), (4, 16, 16), (4, 1, 16)]
-    check_shapes("linear", "layers.0", shapes)
-    check_shapes("linear", "layers.0", [(-1, *shape[1:]) if len(shape) > 3 else shape for shape in shapes])
+    operator = ScanOperator("linear")
+    operator.check("layers.0", shapes)
+    operator.check("layers.0", [(-1, *shape[1:]) if len(shape) > 3 else shape for shape in shapes])
     shapes[position] = shape
     with refused_with(BackendError, "ai.ttt::TTTLinear", "layers.0", list(shape), *values):
-        check_shapes("linear", "layers.0", shapes)
+        operator.check("layers.0", shapes)
     with refused_with(BackendError, "ai.ttt::TTTLinear", "layers.0", 9, "XQ", "XK", "XV", "eta", "W1"):
-        check_shapes("linear", "layers.0", [*shapes, (1,)])
+        operator.check("layers.0", [*shapes, (1,)])
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "values"),
+    [
+        (0, (2, 4, 28, 16), ("XQ", "[B, L, D]")),
+        (2, (2, 448, 32), ("XV", [2, 448, 64])),
+        (3, (2, 448, 64), ("rate_logits", [2, 448, 4])),
+        (4, (1,), ("rate_scale", [])),
+        (6, (28, 16, 16), ("sin", [28, 16, 8])),
+        (7, (448,), ("tokens", "[NC, CS]")),
+        (8, (16, 28), ("rate_tokens", [28, 16])),
+        (9, (64,), ("norm_weight", "[H, F]")),
+        (13, (4, 64, 64), ("W2", [4, 64, 16])),
+    ],
+)
+def test_a_plugin_of_version_2_names_the_input_that_does_not_fit(
+    position: int, shape: tuple[int, ...], values: tuple[object, ...]
+) -> None:
+    clip, angles, table = (2, 448, 64), (28, 16, 8), (28, 16)
+    shapes: list[tuple[int, ...]] = [clip, clip, clip, (2, 448, 4), (), angles, angles, table, table]
+    shapes += [(4, 16), (4, 16), (4, 16, 64), (4, 1, 64), (4, 64, 16), (4, 1, 16)]
+    operator = ProjectionsOperator("mlp")
+    operator.check("layers.0", shapes)
+    operator.check("layers.0", [(-1, *shape[1:]) if number < 4 else shape for number, shape in enumerate(shapes)])
+    shapes[position] = shape
+    with refused_with(BackendError, "ai.ttt::TTTMLP", "layers.0", list(shape), *values):
+        operator.check("layers.0", shapes)
+    with refused_with(BackendError, "ai.ttt::TTTMLP", "layers.0", 16, "XQ", "tokens", "W1"):
+        operator.check("layers.0", [*shapes, (1,)])

@@ -44,6 +44,9 @@ SLOPES_SHARED = 131 << 10
 """Bytes of shared memory that the staged kernel takes with its slopes; without, 99 KiB."""
 
 _DTYPES: dict[DType, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_OWN_TYPES = dict.fromkeys(("eta", "rate_scale", "cos", "sin", "state"), "*fp32")
+_OWN_TYPES |= dict.fromkeys(("tokens", "rate_tokens"), "*i32")
+"""Of tensors that do not have the dtype of the model."""
 _SCRATCH = ("global_scratch", "profile_scratch")
 """Pointers that Triton appends to the parameters of every kernel; null here."""
 
@@ -65,13 +68,13 @@ def compile_kernel(op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int,
 
     Raises NoKernel where the size is not supported, or needs more shared memory than the GPU has.
     """
-    _check_size(op, gpu, mini_batch_size, head_dim)
+    check_size(op, gpu, mini_batch_size, head_dim)
     values = constants(op, dtype, mini_batch_size, head_dim)
-    types = {name: _argument_type(name, dtype) for name in _parameters(op)}
+    types = argument_types(KERNELS[op], values, dtype)
     compiled = assemble(KERNELS[op], types, values, gpu=gpu, num_warps=num_warps(op, head_dim))
     name = cubin_name(op, gpu, dtype, mini_batch_size, head_dim)
     sizes = {"op": op, "gpu": gpu, "dtype": dtype, "mini_batch_size": mini_batch_size, "head_dim": head_dim}
-    return _write(compiled, folder, name, tuple(types), source_digest(op), sizes)
+    return write_cubin(compiled, folder, name, tuple(types), source_digest(op), sizes)
 
 
 def compile_staged_mlp(*, gpu: str, folder: Path) -> Cubin:
@@ -81,16 +84,16 @@ def compile_staged_mlp(*, gpu: str, folder: Path) -> Cubin:
     use it.
     """
     mini_batch_size, head_dim = STAGED_SIZE
-    _check_size("mlp", gpu, mini_batch_size, head_dim)
+    check_size("mlp", gpu, mini_batch_size, head_dim)
     values = {"C": mini_batch_size, "F": head_dim, "SLOPES_SHARED": SHARED_MEMORY[gpu] << 10 >= SLOPES_SHARED}
-    types = {name: _argument_type(name, "bfloat16") for name in _parameters("mlp")}
+    types = argument_types(ttt_mlp_staged.ttt_mlp, values, "bfloat16")
     compiled = assemble(ttt_mlp_staged.ttt_mlp, types, values, gpu=gpu, num_warps=ttt_mlp_staged.WARPS)
     name = cubin_name("mlp", gpu, "bfloat16", mini_batch_size, head_dim)
     sizes = {"op": "mlp", "gpu": gpu, "dtype": "bfloat16", "mini_batch_size": mini_batch_size, "head_dim": head_dim}
-    return _write(compiled, folder, name, tuple(types), source_digest("mlp", "ttt_mlp_staged.py"), sizes)
+    return write_cubin(compiled, folder, name, tuple(types), source_digest("mlp", "ttt_mlp_staged.py"), sizes)
 
 
-def _write(
+def write_cubin(
     compiled: Any, folder: Path, name: str, parameters: tuple[str, ...], source: str, sizes: Mapping[str, Any]
 ) -> Cubin:
     """Checks a compiled kernel, writes it and its description, and returns this."""
@@ -120,8 +123,8 @@ def _write(
 
 
 def constants(op: TTTKind, dtype: DType, mini_batch_size: int, head_dim: int) -> dict[str, Any]:
-    """The compile-time arguments of a kernel by name."""
-    return {"C": mini_batch_size, "F": head_dim, "PRECISION": PRECISIONS[op][dtype]}
+    """The compile-time arguments of the scan of version 1 by name."""
+    return {"C": mini_batch_size, "F": head_dim, "PRECISION": PRECISIONS[op][dtype], "RESUMED": False}
 
 
 def assemble(
@@ -152,7 +155,7 @@ def source_digest(op: TTTKind, file: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
+def check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
     if gpu not in SHARED_MEMORY:
         raise NoKernel(f"kernels are compiled for {', '.join(SHARED_MEMORY)}, not for {gpu}")
     if mini_batch_size not in MINI_BATCH_SIZES:
@@ -164,15 +167,10 @@ def _check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> N
         raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} exceed the registers of a multiprocessor")
 
 
-def _argument_type(name: str, dtype: DType) -> str:
-    if name.startswith("num_"):
-        return "i32"
-    return "*fp32" if name == "eta" else f"*{_DTYPES[dtype]}"
-
-
-def _parameters(op: TTTKind) -> list[str]:
-    """Names of the launch arguments."""
-    return [name for name in KERNELS[op].arg_names if name not in ("C", "F", "PRECISION")]
+def argument_types(kernel: Any, values: Mapping[str, Any], dtype: DType) -> dict[str, str]:
+    """Triton's type of each launch argument of a kernel whose compile-time arguments are `values`, by name."""
+    names = (name for name in kernel.arg_names if name not in values)
+    return {name: "i32" if name.startswith("num_") else _OWN_TYPES.get(name, f"*{_DTYPES[dtype]}") for name in names}
 
 
 def _resources(code: bytes) -> tuple[int, int]:

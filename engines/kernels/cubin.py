@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -10,9 +11,15 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
+KernelPart = Literal["scan", "start", "prepare", "resume", "finish"]
+"""`scan` is version 1 of the operator. The others are version 2, which works through a clip in chunks (`ttt_chunk.py`):
+the inner weights become a state; a chunk is brought into the order of the scan; the scan goes on from the state; its
+output is brought back into the order of the tokens."""
+CHUNK_PARTS: tuple[KernelPart, ...] = ("start", "prepare", "resume", "finish")
+
 
 class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One kernel for one architecture, dtype and size.
+    """One kernel for one architecture, dtype and size: a part of an operator.
 
     `parameters` are the names of the kernel's parameters in order. `shared_memory` is in bytes per block; `registers`
     and `spills` (bytes of stack) are per thread.
@@ -33,11 +40,15 @@ class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sha256: str
     source_sha256: str
     triton: str
+    part: KernelPart = "scan"
 
 
-def cubin_name(op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int) -> str:
+def cubin_name(
+    op: TTTKind, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, part: KernelPart = "scan"
+) -> str:
     """Name of a kernel, and of its files without their suffixes."""
-    return f"ttt_{op}-c{mini_batch_size}-f{head_dim}-{dtype}-{gpu}"
+    kernel = f"ttt_{op}" if part == "scan" else f"ttt_{op}_{part}"
+    return f"{kernel}-c{mini_batch_size}-f{head_dim}-{dtype}-{gpu}"
 
 
 def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
@@ -53,7 +64,8 @@ def read_cubin(folder: Path, name: str) -> tuple[Cubin, bytes]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BackendError(f"{description}: {error}; {cure}") from error
     content = code.read_bytes()
-    same_kernel = name == cubin_name(cubin.op, cubin.gpu, cubin.dtype, cubin.mini_batch_size, cubin.head_dim)
+    sizes = (cubin.mini_batch_size, cubin.head_dim)
+    same_kernel = name == cubin_name(cubin.op, cubin.gpu, cubin.dtype, *sizes, cubin.part)
     if not same_kernel or hashlib.sha256(content).hexdigest() != cubin.sha256:
         raise BackendError(f"{code}: has changed since it was compiled; {cure}")
     return cubin, content

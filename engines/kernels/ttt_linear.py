@@ -2,7 +2,8 @@
 
 The inner weights stay in registers in float32 from the first mini-batch to the last. Tensors are contiguous, in the
 shapes of `ai.ttt::TTTLinear`: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
-[H, F], W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `tiles.py`.
+[H, F], W1 [H, F, F], b1 [H, 1, F]. Tiles are transposed, see `tiles.py`. With RESUMED, W1 and b1 are the state of a
+scan, in float32 and with a batch axis in front: the scan goes on from it and leaves it.
 
 Three things keep a mini-batch short, because each one waits for the weights of the one before:
 
@@ -22,6 +23,7 @@ from ttt_video_engine.engines.kernels.tiles import (
     loss_sums,
     product,
     read_norm,
+    store_transposed,
     tile_offsets,
 )
 
@@ -42,14 +44,16 @@ def ttt_linear(
     C: tl.constexpr,
     F: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESUMED: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % num_heads
+    owner = program if RESUMED else head
     channels = tl.arange(0, F)
     gamma_F = tl.load(norm_weight + head * F + channels).to(tl.float32)
     beta_F = tl.load(norm_bias + head * F + channels).to(tl.float32)
-    W_FF = centred(load_transposed(W1, head * F, F, F), F)
-    b_F = centred(tl.load(b1 + head * F + channels).to(tl.float32), F)
+    W_FF = centred(load_transposed(W1, owner * F, F, F), F)
+    b_F = centred(tl.load(b1 + owner * F + channels).to(tl.float32), F)
 
     tile, tokens = tile_offsets(0, C, F, F), tl.arange(0, C)
     token = program.to(tl.int64) * num_mini_batches * C  # all heads of a clip have more than 2^31 elements
@@ -80,3 +84,6 @@ def ttt_linear(
     read_FC = product(W_FF, q_FC, PRECISION) + b_F[:, None]
     out_FC = q_FC.to(tl.float32) + read_norm(read_FC, tl.sum(read_FC * read_FC, axis=0), gamma_F, beta_F, F)
     tl.store(XQW + (token - C) * F + tile, out_FC.to(XQW.dtype.element_ty))
+    if RESUMED:
+        store_transposed(W1, owner * F, W_FF, F, F)
+        tl.store(b1 + owner * F + channels, b_F)

@@ -7,7 +7,8 @@ its activations in the backward pass instead of storing them.
 Shape suffixes: C tokens of a mini-batch, F head dimension, K = 2F half of the hidden layer. Tensors are contiguous, in
 the shapes of `ai.ttt::TTTMLP`: XQ, XK, XV, XQW [B, H, N, C, F], eta [B, H, N, C] in float32, norm weight and bias
 [H, F], W1 [H, F, 4F], b1 [H, 1, 4F], W2 [H, 4F, F], b2 [H, 1, F]. Tiles are transposed, see `tiles.py`, except
-for W2: its rows already are the hidden channels that are distributed over the warps.
+for W2: its rows already are the hidden channels that are distributed over the warps. With RESUMED, the weights are the
+state of a scan, in float32 and with a batch axis in front: the scan goes on from it and leaves it.
 """
 
 import triton
@@ -36,15 +37,29 @@ def loss_step(z_FC, target_FC, rate_C, gamma_F, beta_F, F: tl.constexpr):
 
 
 @triton.jit
-def load_half(W1, b1, W2, head, half: tl.constexpr, F: tl.constexpr):
-    """W1 transposed [K, F], b1 [K] and W2 [K, F] of one half of the hidden layer, as float32."""
+def places_of_half(owner, half: tl.constexpr, F: tl.constexpr):
+    """Where the weights of one half of the hidden layer are: W1 transposed [K, F], b1 [K] and W2 [K, F]."""
     K: tl.constexpr = 2 * F
-    first, hidden = half * K, tl.arange(0, K)
-    W1_KF = tl.load(W1 + head * 4 * F * F + first + tile_offsets(0, F, K, 4 * F)).to(tl.float32)
-    b1_K = tl.load(b1 + head * 4 * F + first + hidden).to(tl.float32)
-    rows_K = head * 4 * F + first + hidden
-    W2_KF = tl.load(W2 + rows_K[:, None] * F + tl.arange(0, F)[None, :]).to(tl.float32)
-    return W1_KF, b1_K, W2_KF
+    first = half * K
+    rows_K = owner * 4 * F + first + tl.arange(0, K)
+    W1_KF = owner * 4 * F * F + first + tile_offsets(0, F, K, 4 * F)
+    return W1_KF, rows_K, rows_K[:, None] * F + tl.arange(0, F)[None, :]
+
+
+@triton.jit
+def load_half(W1, b1, W2, owner, half: tl.constexpr, F: tl.constexpr):
+    """As float32."""
+    W1_KF, rows_K, W2_KF = places_of_half(owner, half, F)
+    W1_KF, W2_KF = tl.load(W1 + W1_KF).to(tl.float32), tl.load(W2 + W2_KF).to(tl.float32)
+    return W1_KF, tl.load(b1 + rows_K).to(tl.float32), W2_KF
+
+
+@triton.jit
+def store_half(W1, b1, W2, owner, half: tl.constexpr, weights, F: tl.constexpr):
+    W1_KF, rows_K, W2_KF = places_of_half(owner, half, F)
+    tl.store(W1 + W1_KF, weights[0])
+    tl.store(b1 + rows_K, weights[1])
+    tl.store(W2 + W2_KF, weights[2])
 
 
 @triton.jit
@@ -94,15 +109,17 @@ def ttt_mlp(
     C: tl.constexpr,
     F: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESUMED: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % num_heads
+    owner = program if RESUMED else head
     channels = tl.arange(0, F)
     gamma_F = tl.load(norm_weight + head * F + channels).to(tl.float32)
     beta_F = tl.load(norm_bias + head * F + channels).to(tl.float32)
-    W1_0, b1_0, W2_0 = load_half(W1, b1, W2, head, 0, F)
-    W1_1, b1_1, W2_1 = load_half(W1, b1, W2, head, 1, F)
-    b2_F = tl.load(b2 + head * F + channels).to(tl.float32)
+    W1_0, b1_0, W2_0 = load_half(W1, b1, W2, owner, 0, F)
+    W1_1, b1_1, W2_1 = load_half(W1, b1, W2, owner, 1, F)
+    b2_F = tl.load(b2 + owner * F + channels).to(tl.float32)
 
     token = program.to(tl.int64) * num_mini_batches * C  # all heads of a clip have more than 2^31 elements
     for _ in range(num_mini_batches):
@@ -123,3 +140,8 @@ def ttt_mlp(
         normalised_FC, _ = normalise(read_FC, F)
         store_transposed(XQW, token, q_FC + normalised_FC * gamma_F[:, None] + beta_F[:, None], C, F)
         token += C
+
+    if RESUMED:
+        store_half(W1, b1, W2, owner, 0, (W1_0, b1_0, W2_0), F)
+        store_half(W1, b1, W2, owner, 1, (W1_1, b1_1, W2_1), F)
+        tl.store(b2 + owner * F + channels, b2_F)

@@ -27,16 +27,18 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write, sha256_of
 from ttt_video_engine.runtime.runner import TensorSpec
+from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, OpVersion
 
 
 @dataclass(frozen=True)
 class Scans:
-    """The TTT nodes of a graph: `count` nodes of one kind and size."""
+    """The TTT nodes of a graph: `count` nodes of one kind, size and version of the operator."""
 
     op: TTTKind
     mini_batch_size: int
     head_dim: int
     count: int
+    version: OpVersion = PROJECTIONS_VERSION
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
     package = load_package(package_for(request.gpu))
     start = perf_counter()
     package.stated.clear()
-    cubin, fallback = _kernel(request)
-    with nullcontext() if cubin is None else _plugin_block(package, request):
+    scan, kernels, fallback = _kernels(request)
+    with nullcontext() if scan is None else _plugin_block(package, request):
         builder = package.api.Builder(package.logger)
         network, parser = _parsed(package, builder, request.onnx)
         _check_signature(package, network, request)
-        plugins = _plugins(package, network, request, cubin)
+        plugins = _plugins(package, network, request, scan)
         config = _config(package, builder, request, progress)
         path = folder / engine_name(request.graph, request.dtype, package.name, package.version, request.gpu)
         entry_path(path).unlink(missing_ok=True)
@@ -103,6 +105,7 @@ def build_engine(request: BuildRequest, folder: Path, progress: Progress) -> Eng
         sha256=sha256_of(path),
         seconds=perf_counter() - start,
         key=request.key,
+        kernels=kernels,
     )
     with atomic_write(entry_path(path)) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
@@ -115,24 +118,32 @@ def _activations(package: TensorRT, request: BuildRequest) -> tuple[int, ...]:
     return found if len(found) == max(1, len(request.profiles)) else ()
 
 
-def _kernel(request: BuildRequest) -> tuple[str | None, str]:
-    """Name of the cubin that it compiles for the TTT nodes, and "". Or None, and why the function bodies are used.
+def _kernels(request: BuildRequest) -> tuple[str | None, tuple[str, ...], str]:
+    """Names of the scan's cubin and of all cubins that it compiles for the TTT nodes, and "".
 
-    The reason is empty where the graph has no TTT nodes.
+    Or None, none, and why the function bodies are used. The reason is empty where the graph has no TTT nodes.
     """
     scans = request.scans
     if scans is None:
-        return None, ""
+        return None, (), ""
     if not request.settings.plugins:
-        return None, "built with --no-plugin"
-    from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel  # needs Triton
+        return None, (), "built with --no-plugin"
+    from ttt_video_engine.engines.kernels.compile import NoKernel  # needs Triton
+    from ttt_video_engine.engines.kernels.compile_chunk import KERNELS_OF_VERSION
 
-    sizes = {"mini_batch_size": scans.mini_batch_size, "head_dim": scans.head_dim}
     try:
-        cubin = compile_kernel(scans.op, gpu=request.gpu, dtype=request.dtype, folder=request.kernels, **sizes)
+        cubins = KERNELS_OF_VERSION[scans.version](
+            scans.op,
+            gpu=request.gpu,
+            dtype=request.dtype,
+            mini_batch_size=scans.mini_batch_size,
+            head_dim=scans.head_dim,
+            folder=request.kernels,
+        )
     except NoKernel as reason:
-        return None, str(reason)
-    return Path(cubin.file).stem, ""
+        return None, (), str(reason)
+    (scan,) = (cubin for cubin in cubins if cubin.part in ("scan", "resume"))
+    return Path(scan.file).stem, tuple(Path(cubin.file).stem for cubin in cubins), ""
 
 
 def _plugin_block(package: TensorRT, request: BuildRequest) -> AbstractContextManager[None]:
@@ -189,6 +200,7 @@ def _config(package: TensorRT, builder: Any, request: BuildRequest, progress: Pr
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(api.ComputeCapability, request.gpu.replace("_", "").upper()), 0)
     config.builder_optimization_level = settings.optimization_level
+    config.max_aux_streams = 0  # steps that run side by side need the memory of both
     workspace = _workspace(request)
     if workspace is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, workspace)

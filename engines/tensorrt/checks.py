@@ -50,7 +50,7 @@ def check_engine(engine: EngineFile, bundle: Bundle, version: str) -> None:
     for part, value in bundled.items():
         if built_from.get(part) != value:
             raise BackendError(f"{engine.path}: is from another export ({part} differs); {again}")
-    for cubin in sorted(set(entry.plugins.values())):
+    for cubin in entry.cubins:
         if not list(bundle.path(KERNELS).glob(f"{cubin}.*")):
             raise BackendError(f"{engine.path}: its kernel {cubin} is not in {bundle.path(KERNELS)}; {again}")
     for side, expected, found in (

@@ -17,7 +17,7 @@ from ttt_video_engine.runtime.errors import EXPORT_AGAIN, BackendError, export_f
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.runner import TensorSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER, KERNELS = "engines", "engines/kernels"
 SUFFIX = ".engine"
 
@@ -52,7 +52,8 @@ class BuildSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of the JSON beside an engine.
 
-    `plugins` maps the name of each plugin layer to that of its cubin. `fallback` says why TTT layers run as standard
+    `plugins` maps the name of each plugin layer to that of the cubin of its scan; `kernels` are all that it launches,
+    empty where that is the scan alone. `fallback` says why TTT layers run as standard
     operators; it is empty where none do. `activations` is the scratch memory of each profile, of the only one where
     `profiles` is empty, as TensorRT logged it; empty where it did not. `size`, `weights` (the weights that the engine
     loads) and `activations` are in bytes, `seconds` is the build time, `key` lists what the engine was built from.
@@ -76,6 +77,12 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     sha256: str
     seconds: float
     key: dict[str, str]
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def cubins(self) -> list[str]:
+        """Names of all cubins that the plugins launch, sorted."""
+        return sorted({*self.plugins.values(), *self.kernels})
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def kernel_stacks(bundle: Bundle, engine: EngineFile, resident_threads: int) -> 
     Raises BackendError where a kernel is missing or damaged.
     """
     folder = bundle.path(KERNELS)
-    spills = [read_cubin(folder, name)[0].spills for name in sorted(set(engine.entry.plugins.values()))]
+    spills = [read_cubin(folder, name)[0].spills for name in engine.entry.cubins]
     return max(spills, default=0) * resident_threads
 
 

@@ -1,25 +1,27 @@
 """The TTT operators as TensorRT plugins that launch our cubins.
 
 TensorRT's parser replaces an `ai.ttt` node by a plugin if its creator is registered, else by the node's function body.
-This module defines the shapes, dtypes and launch of the plugins; `engines/kernels` has the computation.
+This module fits the versions of the operator (`operators.py`) into TensorRT's interfaces; `engines/kernels` has the
+computation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
+from ttt_video_engine.engines.tensorrt.operators import Call, Operator, ProjectionsOperator, ScanOperator
 from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.runtime import ttt_op
-from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
 from ttt_video_engine.runtime.errors import BackendError
 
-NAMESPACE, VERSION = ttt_op.DOMAIN, str(ttt_op.VERSION)
-_ETA = 3
-"""Index of eta among the inputs."""
+NAMESPACE = ttt_op.DOMAIN
+OPERATORS: tuple[Operator, ...] = tuple(
+    version(op) for op in ttt_op.OP_TYPES for version in (ScanOperator, ProjectionsOperator)
+)
 
 
 @contextmanager
@@ -33,38 +35,12 @@ def registered_plugins(package: TensorRT, kernels: Path, gpu: str) -> Iterator[N
     loaded = _Kernels(kernels, gpu)
     with ExitStack() as stack:
         stack.callback(loaded.close)
-        for op in ttt_op.OP_TYPES:
-            creator = _creator(package, op, loaded)
+        for operator in OPERATORS:
+            creator = _creator(package, operator, loaded)
             if not registry.register_creator(creator, NAMESPACE):
                 raise BackendError(f"{package.name} refuses the plugin {creator.name}: {package.take_errors()}")
             stack.callback(registry.deregister_creator, creator)
         yield
-
-
-def check_shapes(op: TTTKind, layer: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises BackendError that names the operator, the layer and the first input with a wrong shape.
-
-    A negative size is unknown and matches any size.
-    """
-    where = f"{NAMESPACE}::{ttt_op.OP_TYPES[op]} {layer}"
-    names = ttt_op.INPUTS[op]
-    if len(shapes) != len(names):
-        raise BackendError(f"{where}: has {len(shapes)} inputs; must have {', '.join(names)}")
-    if len(shapes[0]) != 5:
-        raise BackendError(f"{where}: XQ is {list(shapes[0])}; must be [B, H, NC, CS, F]")
-    _, heads, _, _, head_dim = shapes[0]
-    clip, hidden = shapes[0], 4 * head_dim
-    weights = {
-        "linear": [(heads, head_dim, head_dim), (heads, 1, head_dim)],
-        "mlp": [(heads, head_dim, hidden), (heads, 1, hidden), (heads, hidden, head_dim), (heads, 1, head_dim)],
-    }
-    norm = (heads, head_dim)
-    expected = [clip, clip, clip, clip[:4], norm, norm, *weights[op]]
-    for name, shape, required in zip(names, shapes, expected, strict=True):
-        same_sizes = (a == b or min(a, b) < 0 for a, b in zip(shape, required, strict=False))
-        fits = len(shape) == len(required) and all(same_sizes)
-        if not fits:
-            raise BackendError(f"{where}: {name} is {list(shape)}; must be {list(required)}")
 
 
 class _Kernels:
@@ -85,31 +61,35 @@ class _Kernels:
         self._loaded.clear()
 
 
-def _creator(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
+def _creator(package: TensorRT, operator: Operator, kernels: _Kernels) -> Any:
     api: Any = package.api
+    op_type, version = ttt_op.OP_TYPES[operator.op], str(operator.version)
 
     class Creator(api.IPluginCreatorV3One):  # type: ignore[misc]  # the bases have no types
         def __init__(self) -> None:
             api.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_version, self.plugin_namespace = ttt_op.OP_TYPES[op], VERSION, NAMESPACE
+            self.name, self.plugin_version, self.plugin_namespace = op_type, version, NAMESPACE
             self.field_names = api.PluginFieldCollection([])
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             return plugin(name)
 
-    plugin = _plugin_class(package, op, kernels)
+    plugin = _plugin_class(package, operator, kernels)
     return Creator()
 
 
-def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
+def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> Any:
     api: Any = package.api
+    op_type, version = ttt_op.OP_TYPES[operator.op], str(operator.version)
     activations: dict[Any, DType] = {package.dtypes[name]: name for name in ITEM_BYTES}
+    own_types = {None: None, "float32": api.DataType.FLOAT, "int32": api.DataType.INT32}
+    types = [*(own_types[name] for name in operator.dtypes()), None]  # None: that of the first input
 
     class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):  # type: ignore[misc]
         def __init__(self, layer: str) -> None:
             for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = ttt_op.OP_TYPES[op], VERSION, NAMESPACE
+            self.plugin_name, self.plugin_version, self.plugin_namespace = op_type, version, NAMESPACE
             self.num_outputs = 1
             self.layer = layer
             # None: sizes follow from the shapes, and the cubin is in the bundle. In the type of C++: another would be
@@ -130,23 +110,25 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
                 [dim.get_constant_value() if dim.is_constant() else -1 for dim in (dims[i] for i in range(len(dims)))]
                 for dims in inputs
             ]
-            check_shapes(op, self.layer, sizes)
+            operator.check(self.layer, sizes)
             return [api.DimsExprs(inputs[0])]
 
         def supports_format_combination(self, position: int, tensors: list[Any], num_inputs: int) -> bool:
             tensor = tensors[position].desc
-            required = api.DataType.FLOAT if position == _ETA else tensors[0].desc.type
             return bool(
                 tensor.format == api.TensorFormat.LINEAR
-                and tensor.type == required
+                and tensor.type == (types[position] or tensors[0].desc.type)
                 and tensors[0].desc.type in activations
             )
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
-            check_shapes(op, self.layer, [tuple(tensor.desc.dims) for tensor in inputs])
+            operator.check(self.layer, [tuple(tensor.desc.dims) for tensor in inputs])
+
+        def get_workspace_size(self, inputs: list[Any], outputs: list[Any]) -> int:
+            return operator.workspace(activations[inputs[0].desc.type], [tuple(tensor.max) for tensor in inputs])
 
         def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
-            check_shapes(op, self.layer, [tuple(tensor.dims) for tensor in inputs])
+            operator.check(self.layer, [tuple(tensor.dims) for tensor in inputs])
 
         def set_tactic(self, tactic: int) -> None:
             """There is only one tactic. Without this method TensorRT reads a status of −1, which is an error."""
@@ -166,9 +148,11 @@ def _plugin_class(package: TensorRT, op: TTTKind, kernels: _Kernels) -> Any:
             workspace: int,
             stream: int,
         ) -> None:
-            batch, heads, num_mini_batches, mini_batch_size, head_dim = tuple(inputs_desc[0].dims)
-            name = cubin_name(op, kernels.gpu, activations[inputs_desc[0].type], mini_batch_size, head_dim)
-            kernel = kernels.get(name)
-            kernel.launch(stream, batch * heads, [*inputs, *outputs], (heads, num_mini_batches))
+            shapes = [tuple(tensor.dims) for tensor in inputs_desc]
+            call = Call(activations[inputs_desc[0].type], shapes, inputs, outputs[0], workspace)
+            size = operator.scan_size(shapes)
+            for launch in operator.launches(call):
+                name = cubin_name(operator.op, kernels.gpu, call.dtype, *size, launch.part)
+                kernels.get(name).launch(stream, launch.blocks, launch.pointers, launch.integers)
 
     return Plugin

@@ -15,6 +15,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from ttt_video_engine.export.graphs.attention_op import attention_as_operators
+from ttt_video_engine.export.graphs.parts import layers_in_parts
 from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
@@ -115,7 +116,14 @@ def _export_module(graph: Graph) -> ir.Model:
     as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
     nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
-    with _silence_exporter(), torch.no_grad(), attention_as_operators(module), accurate_timestep(module), nodes:
+    with (
+        _silence_exporter(),
+        torch.no_grad(),
+        attention_as_operators(module),
+        accurate_timestep(module),
+        layers_in_parts(module),
+        nodes,
+    ):
         program = torch.onnx.export(
             module,
             tuple(spec.example for spec in inputs),

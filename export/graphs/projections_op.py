@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ttt_video_engine.export.graphs.order import after
 from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.ttt_layer import TTTLayer
@@ -85,12 +86,22 @@ def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor
     return out
 
 
+def _projections(layer: TTTLayer, x_BLD: Tensor) -> list[Tensor]:
+    """q, k, v and the logits of the learning rates.
+
+    In half precision one after the other: TensorRT would make one product of them, and then copy its parts.
+    """
+    rates = (layer.learnable_ttt_lr_weight.squeeze(1), layer.learnable_ttt_lr_bias.squeeze(1))
+    outputs: list[Tensor] = []
+    for weight, bias in (*((part.weight, part.bias) for part in (layer.wq, layer.wk, layer.wv)), rates):
+        before = outputs[-1] if outputs and x_BLD.dtype != torch.float32 else None
+        outputs.append(functional.linear(x_BLD, after(weight, before), bias))
+    return outputs
+
+
 def _node(layer: TTTLayer, kind: TTTKind, x_BLD: Tensor, order: ScanOrder) -> Tensor:
     config = layer.config
-    q, k, v = (project(x_BLD) for project in (layer.wq, layer.wk, layer.wv))
-    logits_BLH = functional.linear(
-        x_BLD, layer.learnable_ttt_lr_weight.squeeze(1), layer.learnable_ttt_lr_bias.squeeze(1)
-    )
+    q, k, v, logits_BLH = _projections(layer, x_BLD)
     scale = torch.tensor(config.ttt_base_lr / config.head_dim / config.mini_batch_size)
     # TensorRT's parser uses a plugin only if the node has the plugin's namespace as an attribute.
     out_BLD = torch.onnx.ops.symbolic(

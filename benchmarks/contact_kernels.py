@@ -65,7 +65,8 @@ def cases(small: bool) -> Iterator[tuple[str, str, tuple[int, int]]]:
 
 def compiled(op: str, gpu: str, dtype: str, tokens: int, head_dim: int, folder: Path) -> str:
     """Compiles a kernel into a folder; returns why there is none."""
-    from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel
+    from ttt_video_engine.engines.kernels.compile import compile_kernel
+    from ttt_video_engine.engines.kernels.sizes import NoKernel
 
     try:
         compile_kernel(op, gpu=gpu, dtype=dtype, mini_batch_size=tokens, head_dim=head_dim, folder=folder)

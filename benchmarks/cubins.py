@@ -10,12 +10,11 @@ from measure import print_row, table
 
 from ttt_video_engine.engines.kernels.compile import (
     PRECISIONS,
-    SHARED_MEMORY,
-    NoKernel,
     compile_kernel,
     compile_staged_mlp,
 )
 from ttt_video_engine.engines.kernels.cubin import Cubin
+from ttt_video_engine.engines.kernels.sizes import SHARED_MEMORY, NoKernel
 
 MINI_BATCH_SIZES = {"linear": 16, "mlp": 64}
 HEAD_DIM = 64

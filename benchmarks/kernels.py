@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from simple_scan import simple_linear
 
 from ttt_video_engine.engines.cuda import DeviceArray, DeviceBuffer, Stream, device, to_device
-from ttt_video_engine.engines.kernels.compile import NoKernel, assemble, compile_kernel, compile_staged_mlp, constants
+from ttt_video_engine.engines.kernels.compile import assemble, compile_kernel, compile_staged_mlp, constants
 from ttt_video_engine.engines.kernels.cubin import Cubin, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
+from ttt_video_engine.engines.kernels.sizes import NoKernel
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import preset

@@ -12,6 +12,7 @@ from pathlib import Path
 from msgspec import UNSET, to_builtins
 from torch import nn
 
+from ttt_video_engine.engines.kernels.sizes import NoKernel, check_size
 from ttt_video_engine.export.engines import EngineRequest, build_engines, check_gpus, engine_bytes
 from ttt_video_engine.export.graphs.components import component_graphs, graph_weights
 from ttt_video_engine.export.graphs.graph import OPSET, Graph, read_signature, save, trace
@@ -35,7 +36,7 @@ from ttt_video_engine.runtime.bundle import (
     open_bundle,
 )
 from ttt_video_engine.runtime.callbacks import Progress, Report
-from ttt_video_engine.runtime.config import ModelConfig, num_scenes
+from ttt_video_engine.runtime.config import ModelConfig, TransformerConfig, num_scenes
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
@@ -109,7 +110,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                op_version(options),
+                op_version(source.model.transformer, options.engines),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -309,9 +310,16 @@ class _Build:
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def op_version(options: ExportOptions) -> OpVersion:
+def op_version(model: TransformerConfig, engines: EngineRequest) -> OpVersion:
     """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the body of 2."""
-    return PROJECTIONS_VERSION if not options.engines.gpus or options.engines.settings.plugins else VERSION
+    if not engines.gpus or model.ttt_kind is None:
+        return PROJECTIONS_VERSION
+    try:
+        for gpu in engines.gpus:
+            check_size(model.ttt_kind, gpu, model.mini_batch_size, model.head_dim)
+    except NoKernel:
+        return VERSION
+    return PROJECTIONS_VERSION if engines.settings.plugins else VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

@@ -147,6 +147,7 @@ ENGINES = Artefact(
     sources=(
         "engines/kernels/compile*.py",
         "engines/kernels/cubin.py",
+        "engines/kernels/sizes.py",
         "engines/kernels/tiles.py",
         "engines/kernels/ttt_*.py",
         "engines/tensorrt/builder.py",

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from ttt_video_engine.engines.kernels.compile import SHARED_MEMORY, NoKernel, compile_kernel, compile_staged_mlp
+from ttt_video_engine.engines.kernels.compile import compile_kernel, compile_staged_mlp
 from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.sizes import SHARED_MEMORY, NoKernel
 from ttt_video_engine.reference.ttt import ttt_linear, ttt_mlp
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType

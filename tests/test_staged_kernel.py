@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from test_kernels import GOLDEN, ON_CHIP, TOLERANCES, WEIGHTS, check, random_inputs
 from torch import Tensor
 
-from ttt_video_engine.engines.kernels.compile import SHARED_MEMORY, compile_kernel, compile_staged_mlp
+from ttt_video_engine.engines.kernels.compile import compile_kernel, compile_staged_mlp
 from ttt_video_engine.engines.kernels.cubin import read_cubin
+from ttt_video_engine.engines.kernels.sizes import SHARED_MEMORY
 from ttt_video_engine.engines.kernels.ttt_mlp_staged import ttt_mlp
 
 

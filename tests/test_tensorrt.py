@@ -43,7 +43,7 @@ from ttt_video_engine.engines.tensorrt.engine import (
 from ttt_video_engine.engines.tensorrt.operators import ProjectionsOperator, ScanOperator
 from ttt_video_engine.export import build as exporting
 from ttt_video_engine.export import engines as exported_engines
-from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE
+from ttt_video_engine.export.build import GRAPH_BYTES, WEIGHTS_FILE, op_version
 from ttt_video_engine.export.engines import EngineRequest, build_engines, profiles, workspace
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import component_graphs, text_encoder_graph, transformer_graph
@@ -161,6 +161,16 @@ def test_a_size_without_a_kernel_runs_the_body_and_says_so(tmp_path: Path) -> No
     assert entry.plugins == {}
     names(entry.fallback, 48, 16, 32, 64, 128)
     assert not (tmp_path / KERNELS).exists()
+
+
+def test_an_export_writes_the_version_that_its_engines_can_be_built_from() -> None:
+    """Version 1 where the function body takes the nodes' place, which TensorRT-RTX 1.7 cannot build of version 2."""
+    model = tiny("linear").transformer
+    odd = replace(model, model_dim=96, num_heads=2)  # heads of 48
+    with_plugins = EngineRequest(("sm_89",))
+    without = EngineRequest(("sm_89",), BuildSettings(plugins=False))
+    assert [op_version(model, engines) for engines in (with_plugins, without, EngineRequest())] == [2, 1, 2]
+    assert [op_version(odd, engines) for engines in (with_plugins, EngineRequest())] == [1, 2]
 
 
 def test_too_little_workspace_is_said_with_its_size(tmp_path: Path) -> None:

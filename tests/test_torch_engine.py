@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.kernels.cubin import Cubin
+from ttt_video_engine.engines.kernels.sizes import NoKernel
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.engines.torch import scan as torch_scan
 from ttt_video_engine.engines.torch.components import component_of
@@ -302,7 +303,7 @@ def test_where_the_kernel_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch_scan.find_scan(config, "bfloat16", tmp_path)[1] == name and read[-1] == tmp_path
 
     def no_kernel(*_: object, **sizes: object) -> None:
-        raise compile_module.NoKernel("heads of 1")
+        raise NoKernel("heads of 1")
 
     monkeypatch.setattr(compile_module, "compile_kernel", no_kernel)
     scan, found = torch_scan.find_scan(config, "float16", tmp_path)

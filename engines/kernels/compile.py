@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ttt_video_engine.engines.kernels import ttt_mlp_staged
 from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name
+from ttt_video_engine.engines.kernels.sizes import SHARED_MEMORY, NoKernel, check_size
 from ttt_video_engine.engines.kernels.ttt_linear import ttt_linear
 from ttt_video_engine.engines.kernels.ttt_mlp import ttt_mlp
 from ttt_video_engine.runtime.config import TTTKind
@@ -23,10 +24,6 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import atomic_write
 
-SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "sm_121": 99}
-"""KiB of shared memory that one block may use, by architecture (CUDA C++ Programming Guide, Compute Capabilities)."""
-
-MINI_BATCH_SIZES, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 MAX_REGISTERS = 255
 """Per thread. Without this limit the assembler reserves registers for a second block, which has no shared memory."""
 
@@ -49,10 +46,6 @@ _OWN_TYPES |= dict.fromkeys(("tokens", "rate_tokens"), "*i32")
 """Of tensors that do not have the dtype of the model."""
 _SCRATCH = ("global_scratch", "profile_scratch")
 """Pointers that Triton appends to the parameters of every kernel; null here."""
-
-
-class NoKernel(BackendError):
-    """No kernel of this size exists for this GPU. The function body of the operator runs on any GPU."""
 
 
 def num_warps(op: TTTKind, head_dim: int) -> int:
@@ -153,18 +146,6 @@ def source_digest(op: TTTKind, file: str | None = None) -> str:
     for name in ("tiles.py", file or f"ttt_{op}.py"):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
-
-
-def check_size(op: TTTKind, gpu: str, mini_batch_size: int, head_dim: int) -> None:
-    if gpu not in SHARED_MEMORY:
-        raise NoKernel(f"kernels are compiled for {', '.join(SHARED_MEMORY)}, not for {gpu}")
-    if mini_batch_size not in MINI_BATCH_SIZES:
-        allowed = " or ".join(map(str, MINI_BATCH_SIZES))
-        raise NoKernel(f"kernels take mini-batches of {allowed} tokens, not {mini_batch_size}")
-    if head_dim not in HEAD_DIMS:
-        raise NoKernel(f"kernels take heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
-    if op == "mlp" and head_dim == max(HEAD_DIMS):
-        raise NoKernel(f"the weights of a TTT-MLP head of {head_dim} exceed the registers of a multiprocessor")
 
 
 def argument_types(kernel: Any, values: Mapping[str, Any], dtype: DType) -> dict[str, str]:

@@ -9,7 +9,6 @@ from ttt_video_engine.engines.kernels.compile import (
     KERNELS,
     argument_types,
     assemble,
-    check_size,
     compile_kernel,
     constants,
     num_warps,
@@ -17,6 +16,7 @@ from ttt_video_engine.engines.kernels.compile import (
     write_cubin,
 )
 from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, Cubin, KernelPart, cubin_name
+from ttt_video_engine.engines.kernels.sizes import check_size
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.ttt_op import OpVersion

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ttt_video_engine.engines.kernels.sizes import NoKernel
 from ttt_video_engine.engines.tensorrt.engine import (
     BuildSettings,
     EngineEntry,
@@ -128,8 +129,7 @@ def _kernels(request: BuildRequest) -> tuple[str | None, tuple[str, ...], str]:
         return None, (), ""
     if not request.settings.plugins:
         return None, (), "built with --no-plugin"
-    from ttt_video_engine.engines.kernels.compile import NoKernel  # needs Triton
-    from ttt_video_engine.engines.kernels.compile_chunk import KERNELS_OF_VERSION
+    from ttt_video_engine.engines.kernels.compile_chunk import KERNELS_OF_VERSION  # needs Triton
 
     try:
         cubins = KERNELS_OF_VERSION[scans.version](

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.kernels.cubin import Cubin, cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.sizes import NoKernel
 from ttt_video_engine.reference.ttt_layer import Scan, TTTLayer
 from ttt_video_engine.runtime.config import TransformerConfig
 from ttt_video_engine.runtime.dtypes import DType
@@ -60,7 +61,7 @@ def find_scan(config: TransformerConfig, dtype: DType, folder: Path) -> tuple[Sc
 
 def _compiled(config: TransformerConfig, dtype: DType, gpu: str, name: str) -> Path:
     """The folder of a kernel that is compiled unless it was before. Raises NoKernel or ImportError."""
-    from ttt_video_engine.engines.kernels.compile import NoKernel, compile_kernel, source_digest  # needs Triton
+    from ttt_video_engine.engines.kernels.compile import compile_kernel, source_digest  # needs Triton
 
     op, cache = config.ttt_kind, cache_folder("kernels")
     if op is None or cache is None:

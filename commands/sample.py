@@ -25,7 +25,7 @@ from ttt_video_engine.runtime.phases import RenderOptions
 from ttt_video_engine.runtime.prompts import storyboard_of_prompts, with_negative_prompt
 from ttt_video_engine.runtime.public_config import SamplingOptions
 from ttt_video_engine.runtime.sampling_file import sampling_options
-from ttt_video_engine.runtime.settings import MAX_SEED, BackendName, Codec, Guidance, Sampler
+from ttt_video_engine.runtime.settings import FAST, MAX_SEED, BackendName, Codec, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 
 _GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
@@ -70,6 +70,9 @@ def sample(
     sampler: Annotated[
         Sampler | None, typer.Option(help="dpmpp-2m-sde is what the public code runs.", show_default="ddim")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Fewer passes, as docs/quality.md recommends.", rich_help_panel=_PASSES)
+    ] = False,
     guidance_interval: Annotated[
         str | None,
         typer.Option(
@@ -191,7 +194,7 @@ def sample(
         if asked_length is not None:
             check_length(boards, asked_length)
     boards = _part(boards, shard)
-    settings = opened.manifest.defaults
+    settings = replace(opened.manifest.defaults, **(FAST if fast else {}))
     if guidance_parallel and low_memory:
         raise ConfigError("--guidance-parallel already takes the memory of --low-memory on each GPU; leave out one")
     asked = {

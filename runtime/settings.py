@@ -1,6 +1,6 @@
 """Sampling settings: the options of `sample`, for which a bundle may state defaults."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -39,6 +39,10 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     low_memory: bool = False
     guidance_interval: tuple[float, float] | None = None
     step_cache: Annotated[float, Meta(gt=0)] | None = None
+
+
+FAST: dict[str, Any] = {"num_steps": 20}
+"""What `sample --fast` changes: a share of the passes at no loss that docs/quality.md could measure."""
 
 
 def settings_for(ttt: TTTChoice) -> Settings:

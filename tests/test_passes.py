@@ -18,7 +18,7 @@ from ttt_video_engine.runtime.events import Event, StepDone, StopRendering
 from ttt_video_engine.runtime.passes import GuidedVelocity, Reusable
 from ttt_video_engine.runtime.sampler import Array, guide, guided, sample
 from ttt_video_engine.runtime.schedule import guidance_scales, make_schedule
-from ttt_video_engine.runtime.settings import Sampler, Settings
+from ttt_video_engine.runtime.settings import FAST, Sampler, Settings
 
 SCHEDULE = make_schedule(DiffusionConfig(), 20)
 LAST = int(SCHEDULE.timesteps[-1])
@@ -163,6 +163,16 @@ def test_the_options_are_those_of_the_settings(run: Run, shared_bundle: Path, tm
     code, _, _ = run("sample", story, "--bundle", shared_bundle, "--output-dir", tmp_path / "out", *options)
     settings = sidecar(tmp_path / "out/bear/run.json")["settings"]
     assert (code, settings["guidance_interval"], settings["step_cache"]) == (0, [0.0, 0.5], 0.2)
+
+
+def test_fast_gives_way_to_what_is_stated(run: Run, shared_bundle: Path, tmp_path: Path) -> None:
+    story = storyboard_file(tmp_path / "bear.json", [{"text": "A bear."}])
+    num_steps = []
+    for name, options in (("fast", ()), ("stated", ("--num-steps", 7))):
+        fixed = ("--bundle", shared_bundle, "--output-dir", tmp_path / name, "--stop-after", 1, "--fast")
+        assert run("sample", story, *fixed, *options)[0] == 0
+        num_steps.append(sidecar(tmp_path / name / "bear/run.json")["settings"]["num_steps"])
+    assert num_steps == [FAST["num_steps"], 7] and FAST["num_steps"] <= Settings().num_steps / 2
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ttt_video_engine.export.sources.source import CheckpointSource, ModelSource
 from ttt_video_engine.reference.ttt_layer import TTTLinear
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config_file import resolve_config
+from ttt_video_engine.runtime.errors import CheckFailed
 from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.presets import preset
 from ttt_video_engine.runtime.quantization import Quantization
@@ -160,18 +161,23 @@ class TorchLoader:
 
 
 def film() -> str:
-    """The demo model's film of 9 s, text and frames included, without the loading of the reference."""
+    """The demo model's film of 9 s, text and frames included, without the loading of the reference.
+
+    A precision that the parity gate refuses has no row, but the reason.
+    """
     source = source_of("demo")
     torch.set_num_threads(THREADS)
     texts = ("A red cat walks to the left.", "It walks on.", "It jumps.")
     board = Storyboard("film", tuple(map(Scene, texts)), "film.json")
     with tempfile.TemporaryDirectory() as parent:
-        bundles = {
-            name: export_bundle(
-                source, Path(parent) / name, [LENGTH], "float32", lambda _: None, ExportOptions(quantize=quantize)
-            )
-            for name, quantize in QUANTIZATIONS.items()
-        }
+        bundles: dict[str, Bundle] = {}
+        refused = ""
+        for name, quantize in QUANTIZATIONS.items():
+            options = ExportOptions(quantize=quantize)
+            try:
+                bundles[name] = export_bundle(source, Path(parent) / name, [LENGTH], "float32", lambda _: None, options)
+            except CheckFailed as error:
+                refused += f"\n\nNo film in {name}: {error}"
         reference, output = TorchLoader(source), Path(parent) / "output"
 
         def render(bundle: Bundle, loader: object) -> None:
@@ -191,9 +197,9 @@ def film() -> str:
         seconds = interleaved(calls, REPETITIONS)
     rows = [
         [name, f"{taken:.1f}", f"{seconds[0] / taken:.2f}x"]
-        for name, taken in zip(("eager", "compiled", *QUANTIZATIONS), seconds, strict=True)
+        for name, taken in zip(("eager", "compiled", *bundles), seconds, strict=True)
     ]
     best = seconds[0] / seconds[-1]
     verdict = "met" if best >= FILM_AIM else "missed"
     printed = table([f"demo, 9s, {FILM_STEPS} steps", "seconds", "over eager"], rows)
-    return f"{printed}\n\nA film in int8: {best:.2f}x (aim {FILM_AIM:g}x: {verdict})"
+    return f"{printed}\n\nA film in {rows[-1][0]}: {best:.2f}x (aim {FILM_AIM:g}x: {verdict}){refused}"

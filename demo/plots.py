@@ -1,4 +1,7 @@
-"""Draws a training from its logs: `python -m demo.plots --output DIR` writes loss.png and timesteps.png there."""
+"""Draws a training from its logs: `python -m demo.plots --output DIR` writes loss.png and timesteps.png there.
+
+A part that was not trained there has no log, and no curve.
+"""
 
 import itertools
 import json
@@ -20,7 +23,12 @@ Entry = dict[str, Any]
 
 
 def read_log(path: Path) -> list[Entry]:
-    """The steps of a log in order. A step that was done again after a restart counts once, as it was done last."""
+    """The steps of a log in order. A step that was done again after a restart counts once, as it was done last.
+
+    None of a log that is missing.
+    """
+    if not path.is_file():
+        return []
     entries = (json.loads(line) for line in path.read_text().splitlines())
     by_step = {entry["step"]: entry for entry in entries}
     return [by_step[step] for step in sorted(by_step)]
@@ -29,11 +37,15 @@ def read_log(path: Path) -> list[Entry]:
 def loss_figure(transformer: Sequence[Entry], decoder: Sequence[Entry]) -> Figure:
     """The loss of the transformer and the PSNR of the decoder, step by step."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*_smooth([(entry["step"], float(np.mean(entry["losses"]))) for entry in transformer]))
-    left.set(xlabel="step", ylabel="velocity loss", title="Transformer", yscale="log")
-    right.plot(*_smooth([(entry["step"], entry["psnr"]) for entry in decoder]))
-    right.set(xlabel="step", ylabel="PSNR, dB", title="Decoder")
+    panels = iter(figure.subplots(1, bool(transformer) + bool(decoder), squeeze=False)[0])
+    if transformer:
+        axes = next(panels)
+        axes.plot(*_smooth([(entry["step"], float(np.mean(entry["losses"]))) for entry in transformer]))
+        axes.set(xlabel="step", ylabel="velocity loss", title="Transformer", yscale="log")
+    if decoder:
+        axes = next(panels)
+        axes.plot(*_smooth([(entry["step"], entry["psnr"]) for entry in decoder]))
+        axes.set(xlabel="step", ylabel="PSNR, dB", title="Decoder")
     return figure
 
 
@@ -64,7 +76,8 @@ def main() -> None:
     folder = output_folder(__doc__)
     transformer, decoder = read_log(folder / "transformer.jsonl"), read_log(folder / "vae.jsonl")
     loss_figure(transformer, decoder).savefig(folder / "loss.png", dpi=80)
-    timestep_figure(transformer).savefig(folder / "timesteps.png", dpi=80)
+    if transformer:
+        timestep_figure(transformer).savefig(folder / "timesteps.png", dpi=80)
 
 
 if __name__ == "__main__":

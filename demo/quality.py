@@ -94,7 +94,7 @@ def render(row: Row, bundle: Path, output: Path, count: int) -> Path:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (output / f"{row.folder}.log").open("w") as log:
-        running = [subprocess.Popen(shard, cwd=_ROOT, env=environment, stderr=log) for shard in shards]
+        running = [subprocess.Popen(shard, cwd=_ROOT, env=environment, stdout=log, stderr=log) for shard in shards]
         if any([process.wait() for process in running]):
             raise SystemExit(f"{row.name}: rendering failed; see {log.name}")
     return folder

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -35,10 +36,9 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
-        following = [*rest[1:], "-"]
         rest = [
             f"{one}=" if one in _VALUE_IS_OPTIONAL and after.startswith("-") else one
-            for one, after in zip(rest, following, strict=True)
+            for one, after in pairwise([*rest, "-"])
         ]
         return name, name and load_command(name), rest
 

@@ -31,6 +31,8 @@ from ttt_video_engine.runtime.presets import tiny
 MODEL = tiny("none")
 LAYERS = MODEL.transformer.num_layers
 """Of the transformer. The text encoder has as many."""
+GROUPS = {"transformer": 3, "text_encoder": 1}
+"""Of scenes, in half precision: a layer has an attention for each (parts.py)."""
 COMPONENTS = ("transformer", "text_encoder")
 GPUS = ("sm_80", "sm_89", "sm_120")
 
@@ -82,9 +84,10 @@ def test_float32_alone_has_no_attention_operator(exports: Exports, dtype: DType)
         _, path = exports(name, dtype)
         nodes = onnx.load(path, load_external_data=False).graph.node
         found = Counter(node.op_type for node in nodes)
-        assert found["Attention"] == (LAYERS if half else 0)
+        attentions = LAYERS * GROUPS[name] if half else LAYERS
+        assert found["Attention"] == (attentions if half else 0)
         assert found["Softmax"] == (0 if half else LAYERS)
-        assert found["RotaryEmbedding"] == (2 * LAYERS if name == "transformer" else 0)
+        assert found["RotaryEmbedding"] == (2 * attentions if name == "transformer" else 0)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -129,7 +132,7 @@ def test_every_layer_of_a_half_precision_engine_has_a_fused_attention(
 ) -> None:
     skip_without_package(GPUS[0])
     graph, path = exports(name, dtype)
-    assert {gpu: attention_kernels(graph, path, gpu) for gpu in GPUS} == dict.fromkeys(GPUS, LAYERS)
+    assert {gpu: attention_kernels(graph, path, gpu) for gpu in GPUS} == dict.fromkeys(GPUS, LAYERS * GROUPS[name])
 
 
 def in_float32(block: SeqModelingBlock, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:

@@ -27,8 +27,8 @@ judge: $(VENV)  ## renders 100 held-out storyboards with TTT and without, and me
 	$(BIN)/python -m demo.without_ttt demo/checkpoint bundles/checkpoint-without-ttt
 	$(EXPORT) bundles/checkpoint-without-ttt --length 9s --output $(BUNDLE)-without-ttt
 	$(BIN)/python -m demo.held_out --scenes 3 --count 100 --output output/judge-3.jsonl
-	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE) --output-dir output/judge
-	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE)-without-ttt --output-dir output/judge-without-ttt
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE) --output-dir output/judge --fast
+	$(BIN)/ttt-video sample output/judge-3.jsonl --bundle $(BUNDLE)-without-ttt --output-dir output/judge-without-ttt --fast
 	$(BIN)/python -m demo.evaluate output/judge output/judge-without-ttt
 
 test: $(VENV)

@@ -177,7 +177,8 @@ def _encode(
         stream = container.add_stream(encoder.name, rate=frame_rate(video_format.fps), options=options)
         assert isinstance(stream, VideoStream)
         _configure(stream.codec_context, encoder, width, height)
-        _open(stream.codec_context, video_format.codec)
+        with _own_scheduling():
+            _open(stream.codec_context, video_format.codec)
         container.start_encoding()
         growing.flush()
         for window in windows:
@@ -190,6 +191,22 @@ def _encode(
             num_frames += len(window)
         container.mux(stream.encode(None))
     return num_frames
+
+
+@contextmanager
+def _own_scheduling() -> Iterator[None]:
+    """The thread keeps its scheduling: for root, SVT-AV1 makes the one that opens it a real-time thread, for good.
+
+    Such a thread that waits for another of the same core without sleeping keeps it from running.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _copy_packets(growing: BinaryIO, finished: Path) -> None:
@@ -236,7 +253,8 @@ def _open(context: VideoCodecContext, codec: Codec) -> None:
     """Raises ConfigError for a size that the codec does not have."""
     os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 prints its settings otherwise
     try:
-        context.open()
+        with _own_scheduling():
+            context.open()
     except av.FFmpegError as error:
         raise ConfigError(f"{codec} takes no {context.width} x {context.height} pixels; use another codec") from error
 

@@ -1,6 +1,7 @@
 """Each codec of an mp4: what a player finds, that the bytes repeat, and that the video can be watched as it grows."""
 
 import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,3 +204,13 @@ def test_a_size_that_a_codec_has_is_accepted(codec: Codec) -> None:
     check_encoder(VideoFormat(30, 5, codec), width=WIDTH, height=HEIGHT)
     with refused_with(ConfigError, "height", HEIGHT - 1):
         check_encoder(VideoFormat(codec=codec), width=WIDTH, height=HEIGHT - 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="the platform has no schedulers to choose from")
+def test_an_encoder_leaves_the_scheduling_of_the_thread(tmp_path: Path) -> None:
+    """For root, SVT-AV1 would make it a real-time thread."""
+    before = os.sched_getscheduler(0)
+    frames = np.zeros((9, 64, 96, 3), dtype=np.uint8)
+    check_encoder(VideoFormat(16, None, "av1"), width=96, height=64)
+    write_video(tmp_path / "video.mp4", [frames], VideoFormat(16, None, "av1"), width=96, height=64)
+    assert os.sched_getscheduler(0) == before

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnxruntime as ort
 import typer
 
 from ttt_video_engine.commands.loaders import make_loader, make_pair_loader
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.replicas.bundle_cache import fetch_bundle
 from ttt_video_engine.replicas.mirror import Mirror
 from ttt_video_engine.replicas.store import Store, Warn, is_uri, local_path

@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import onnxruntime as ort
 from msgspec import Struct
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -21,6 +20,7 @@ from polygraphy.logger import G_LOGGER
 
 from ttt_video_engine.engines import cuda
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.export.parity.gate import tolerance

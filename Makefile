@@ -36,7 +36,8 @@ test: $(VENV)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# A file's tests run in one worker, so what its fixtures export is exported once.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 stress: short  ## 200 kills of renders; about 15 minutes
 	$(BIN)/python tests/stress.py --bundle $(SHORT)

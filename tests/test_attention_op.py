@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from msgspec.structs import replace
 from real_engines import skip_without_package
 from torch import Tensor
 from torch.nn import functional
@@ -28,22 +29,28 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import tiny
 
-MODEL = tiny("none")
-LAYERS = MODEL.transformer.num_layers
-"""Of the transformer. The text encoder has as many."""
+LAYERS = {"float32": 1, "float16": 1, "bfloat16": 2}
+"""Of a component in a precision."""
 GROUPS = {"transformer": 3, "text_encoder": 1}
 """Of scenes, in half precision: a layer has an attention for each (parts.py)."""
 COMPONENTS = ("transformer", "text_encoder")
 GPUS = ("sm_80", "sm_89", "sm_120")
 
 
-def component(name: str, dtype: DType) -> Graph:
+def component(name: str, dtype: DType, num_layers: int | None = None) -> Graph:
     """The graph of a component with seeded weights, rounded to `dtype`."""
-    source = SeededSource(MODEL, seed=0)
+    model = tiny("none")
+    layers = num_layers or LAYERS[dtype]
+    model = replace(
+        model,
+        transformer=replace(model.transformer, num_layers=layers),
+        text_encoder=replace(model.text_encoder, num_layers=layers),
+    )
+    source = SeededSource(model, seed=0)
     if name == "transformer":
-        return transformer_graph(source.transformer().load().to(TORCH_DTYPES[dtype]), MODEL, "9s")
+        return transformer_graph(source.transformer().load().to(TORCH_DTYPES[dtype]), model, "9s")
     encoder = source.text_encoder().load().to(TORCH_DTYPES[dtype])
-    return text_encoder_graph(encoder, vocab_size=MODEL.text_encoder.vocab_size)
+    return text_encoder_graph(encoder, vocab_size=model.text_encoder.vocab_size)
 
 
 def exported(graph: Graph, folder: Path) -> Path:
@@ -84,9 +91,9 @@ def test_float32_alone_has_no_attention_operator(exports: Exports, dtype: DType)
         _, path = exports(name, dtype)
         nodes = onnx.load(path, load_external_data=False).graph.node
         found = Counter(node.op_type for node in nodes)
-        attentions = LAYERS * GROUPS[name] if half else LAYERS
+        attentions = LAYERS[dtype] * (GROUPS[name] if half else 1)
         assert found["Attention"] == (attentions if half else 0)
-        assert found["Softmax"] == (0 if half else LAYERS)
+        assert found["Softmax"] == (0 if half else attentions)
         assert found["RotaryEmbedding"] == (2 * attentions if name == "transformer" else 0)
 
 
@@ -132,7 +139,8 @@ def test_every_layer_of_a_half_precision_engine_has_a_fused_attention(
 ) -> None:
     skip_without_package(GPUS[0])
     graph, path = exports(name, dtype)
-    assert {gpu: attention_kernels(graph, path, gpu) for gpu in GPUS} == dict.fromkeys(GPUS, LAYERS * GROUPS[name])
+    expected = LAYERS[dtype] * GROUPS[name]
+    assert {gpu: attention_kernels(graph, path, gpu) for gpu in GPUS} == dict.fromkeys(GPUS, expected)
 
 
 def in_float32(block: SeqModelingBlock, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
@@ -145,7 +153,7 @@ def in_float32(block: SeqModelingBlock, q: Tensor, k: Tensor, v: Tensor, rotatio
 def test_attention_that_cannot_be_fused_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_package(GPUS[0])
     monkeypatch.setattr(attention_op, "_rotated_attention", in_float32)
-    graph = component("transformer", "bfloat16")
+    graph = component("transformer", "bfloat16", num_layers=1)
     assert attention_kernels(graph, exported(graph, tmp_path), "sm_89") == 0
 
 

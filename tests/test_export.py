@@ -28,6 +28,7 @@ from messages import (
     subjects,
     where,
 )
+from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
@@ -341,7 +342,7 @@ def check_float16(opened: Bundle) -> None:
 
 def test_a_hollow_model_traces_to_the_same_graph() -> None:
     """So a model of any size can be exported without having its weights in memory."""
-    model = tiny("mlp")
+    model = replace(tiny("mlp"), transformer=replace(tiny("mlp").transformer, num_layers=1))
     traced = []
     component = SeededSource(model, seed=0).transformer()
     for module in (component.load(), with_placeholder_weights(component.build)):

@@ -1,5 +1,6 @@
 """What the gate allows a transformer whose reference rounds more than the tolerance."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_video_engine.export.graphs.components import component_graphs
-from ttt_video_engine.export.graphs.graph import Graph, save, trace
+from ttt_video_engine.export.graphs.graph import Graph
 from ttt_video_engine.export.graphs.weights import WeightFile, write_module
 from ttt_video_engine.export.parity import gate
 from ttt_video_engine.export.parity.gate import ROUNDING_MARGIN, Gate
@@ -19,7 +20,7 @@ MODEL = tiny("linear")
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Gate, Graph, WeightFile]:
+def exported(shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Gate, Graph, WeightFile]:
     """A transformer, its graph's file, and a gate whose float32 tolerance is far below any rounding."""
     monkeypatch.setitem(gate.TOLERANCES, "float32", 1e-12)
     source = SeededSource(MODEL, seed=0)
@@ -28,7 +29,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Gate, Gra
     module: nn.Module = components["transformer"].load()
     (graph,) = component_graphs(module, MODEL, ["3s"])
     weights = write_module(graph.module, tmp_path / "model.onnx_data")
-    save(trace(graph), tmp_path / "model.onnx", weights, graph.ttt, inline=graph.inline)
+    shutil.copy(shared_bundle / graph.file, tmp_path / "model.onnx")  # of the same model and seed
     return Gate(MODEL, components, "float32", tmp_path / "tokenizer.json"), graph, weights
 
 

@@ -125,7 +125,7 @@ def test_a_kernel_gives_what_was_recorded(interpreter: Interpreter, op: TTTKind,
 
 
 @pytest.mark.parametrize("op", ["linear", "mlp"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4)),
     mini_batch_size=st.sampled_from([16, 64]),

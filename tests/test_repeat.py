@@ -19,7 +19,7 @@ from ttt_video_engine.export.parity.gate import random_cases
 from ttt_video_engine.export.sources.source import SeededSource
 from ttt_video_engine.runtime.presets import tiny
 
-LAYERS = 4
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """The loader of runners that options choose, and those options."""
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ttt_video_engine.engines.guidance_pair import PairLoader
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName, num_cores
 from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle
@@ -64,11 +63,6 @@ def make_pair_loader(
         make_loader, bundle, engine, provider, gpu_memory, low_memory=True, num_threads=max(1, num_cores() // 2)
     )
     return PairLoader(bundle, make_loader(bundle, engine, provider, gpu_memory, low_memory=True), half)
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torch_loader(bundle: Bundle, provider: ProviderName | None) -> "TorchLoader":

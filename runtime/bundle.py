@@ -35,6 +35,15 @@ def transformer_graph_name(length: str) -> str:
     return f"transformer-{length}"
 
 
+RANK = "rank"
+"""The input of a graph for several devices that numbers them: [1] int64, from 0."""
+
+
+def sharded_name(graph: str, devices: int) -> str:
+    """Name of the graph that each of several devices runs in place of a transformer's graph."""
+    return f"{graph}-{devices}devices"
+
+
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and digest of one file of the bundle."""
 

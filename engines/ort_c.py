@@ -6,6 +6,7 @@ https://onnxruntime.ai/docs/api/c/struct_ort_api.html
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
@@ -92,8 +93,9 @@ class OperatorRunner:
             for operator in self._operators:
                 _call("CustomOpDomain_Add", group, byref(operator.table))
             _call("AddCustomOpDomain", options, group)
-            _call("CreateSession", _environment(), str(path).encode(), options, byref(session))
+            _call("CreateSession", _environment(), os.fsencode(path), options, byref(session))
         except BackendError as error:
+            _release("ReleaseCustomOpDomain", group)
             raise BackendError(f"{path}: ONNX Runtime cannot load it ({error})") from error
         finally:
             _release("ReleaseSessionOptions", options)
@@ -173,7 +175,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
 class _Table(ctypes.Structure):
     """`OrtCustomOp` of the interface's version 16. Functions that are left out are null."""
 
-    _fields_ = [  # noqa: RUF012  # as ctypes has it
+    _fields_ = [  # as ctypes has it
         ("version", c_uint32),
         *((name, _callback(*signature)) for name, signature in _FIELDS.items()),
     ]

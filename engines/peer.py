@@ -1,4 +1,4 @@
-"""A graph in a process of its own, which ends with the one that started it. Tensors go through memory that they share."""
+"""A graph in a process of its own, which ends with the one that started it. They share the memory of its tensors."""
 
 import math
 import signal

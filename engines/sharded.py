@@ -1,8 +1,8 @@
 """One transformer over N processes of this machine: each computes a part of the tokens, and of the heads where it must.
 
-The graph for N devices has a collective wherever tokens and heads are exchanged (`export/graphs/shard.py`). ONNX Runtime
-gets an operator for it, which sends through memory that the processes share. Branches of guidance run one after the
-other.
+The graph for N devices has a collective wherever tokens and heads are exchanged (`export/graphs/shard.py`). ONNX
+Runtime gets an operator for it, which sends through memory that the processes share. Branches of guidance run one after
+the other.
 """
 
 from collections.abc import Callable, Iterable, Mapping

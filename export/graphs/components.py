@@ -45,7 +45,8 @@ def component_graphs(
     op_version: OpVersion = PROJECTIONS_VERSION,
     devices: Sequence[int] = (),
 ) -> list[Graph]:
-    """All graphs of a component; the transformer has one for each of `lengths`, and one more for each of `devices`.
+    """All graphs of a component; the transformer has one for each of `lengths`, and one more for each of `devices`,
+    which always has version 2 of the operator.
 
     The other keyword arguments are as in Graph.
     """
@@ -53,8 +54,9 @@ def component_graphs(
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
         graphs = [transformer_graph(module, model, length) for length in lengths]
-        graphs += [sharded_graph(graph, number) for graph in graphs for number in devices]
-        return [replace(graph, inline=inline, quantize=quantize, op_version=op_version) for graph in graphs]
+        graphs = [replace(graph, inline=inline, quantize=quantize) for graph in graphs]
+        sharded = [sharded_graph(graph, number) for graph in graphs for number in devices]
+        return [*(replace(graph, op_version=op_version) for graph in graphs), *sharded]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]

@@ -23,6 +23,7 @@ from ttt_video_engine.export.graphs.shard import sharded_layers
 from ttt_video_engine.export.graphs.timestep import accurate_timestep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
+from ttt_video_engine.runtime.bundle import sharded_name
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
@@ -88,6 +89,11 @@ class Graph:
     def component(self) -> str:
         """The component's folder in a bundle. All graphs of one module share it."""
         return self.file.partition("/")[0]
+
+    @property
+    def whole_name(self) -> str:
+        """Name of the graph that computes the same on one device."""
+        return self.name.removesuffix(sharded_name("", self.devices))
 
 
 def trace(graph: Graph) -> ir.Model:

@@ -33,7 +33,7 @@ from ttt_video_engine.runtime.ttt_op import COLLECTIVE, DOMAIN, PROJECTIONS_VERS
 
 
 class ShardedTransformerGraph(nn.Module):
-    """As `TransformerGraph`, on one of N devices: rank [1] int64, from 0, is its number. Each gives the whole velocity."""
+    """As `TransformerGraph`, on one of N devices: rank [1] int64, from 0. Each gives the whole velocity."""
 
     def __init__(self, transformer: DiffusionTransformer, devices: int) -> None:
         super().__init__()
@@ -93,14 +93,18 @@ class Shard:
 
     @cached_property
     def occurrences(self) -> tuple[Tensor, Tensor]:
-        """[L] each: where all segments, one after the other, have a place first and last. Two can share a place."""
-        listed = self.segments.flatten()
-        numbers = torch.arange(len(listed))
-        nowhere = torch.zeros(self.layout.num_tokens, dtype=torch.int64)
-        first, last = (
-            nowhere.scatter_reduce(0, listed, numbers, reduce, include_self=False) for reduce in ("amin", "amax")
-        )
-        return first, last
+        """[L] each: where the tokens are, first and last, among those of all segments, one after the other."""
+        layout, config = self.layout, self.layout.config
+        text = torch.arange(layout.num_scenes)[:, None] * self.segments.shape[1] + torch.arange(layout.text_length)
+        frames, patches = torch.arange(layout.num_frames), torch.arange(layout.tokens_per_frame)
+
+        def listed(segments: Tensor) -> Tensor:
+            in_segment = frames - segments * config.attn_length
+            starts = segments * self.segments.shape[1] + layout.text_length + in_segment * layout.tokens_per_frame
+            return torch.cat([text.flatten(), (starts[:, None] + patches).flatten()])[layout.interleaved_order]
+
+        first = ((frames - config.prefix_temporal_length) // config.attn_length).clamp(min=0)
+        return listed(first), listed((frames // config.attn_length).clamp(max=layout.num_scenes - 1))
 
     def pick(self, video: Tensor, text: Tensor) -> Tensor:
         """For each of the device's tokens, that of its kind: [B, 1, D] or [D] → [B, l, D] or [l, D]."""

@@ -107,7 +107,7 @@ class Shard:
         return listed(first), listed((frames // config.attn_length).clamp(max=layout.num_scenes - 1))
 
     def pick(self, video: Tensor, text: Tensor) -> Tensor:
-        """For each of the device's tokens, that of its kind: [B, 1, D] or [D] → [B, l, D] or [l, D]."""
+        """For each of the device's tokens, that of its kind: [B, 1, D] or [B, l, D] → [B, l, D]."""
         return torch.where(self.is_text, text, video)
 
     def to_heads(self, x_BlD: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor
         result = layer.wo(layer.post_norm(shard.to_tokens(scan_node(kind, layer.config, projected, order, weights))))
         gate_text = block.backward_ssm_gating_text if backward else block.forward_ssm_gating_text
         gate_video = block.backward_ssm_gating_video if backward else block.forward_ssm_gating_video
-        gate = shard.pick(torch.tanh(gate_video.gating_alpha), torch.tanh(gate_text.gating_alpha))
-        out = out + gate * result
+        # Not the product of the picked gate: TensorRT-RTX 1.7 crashes when it builds that.
+        out = out + shard.pick(gate_video(result), gate_text(result))
     return out
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from msgspec.structs import replace
 from packages import tensorrt_rtx
 from real_engines import skip_without_package
@@ -24,25 +23,26 @@ COLLECTIVES = NUM_LAYERS * (4 + 2 * 5) + 1
 """q, k, v and the output of attention; in each direction of TTT also the rates; the velocity."""
 
 
-@pytest.mark.parametrize(("devices", "ttt", "dtype"), [(2, "linear", torch.bfloat16), (4, "mlp", torch.float16)])
-def test_collectives_are_layers_of_tensorrt(devices: int, ttt: TTTKind, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("devices", "ttt"), [(2, "linear"), (4, "mlp")])
+def test_collectives_are_layers_of_tensorrt(devices: int, ttt: TTTKind, tmp_path: Path) -> None:
     skip_without_package(GPU)
     model = tiny(ttt)
-    model = replace(model, transformer=replace(model.transformer, num_layers=NUM_LAYERS))
-    transformer = DiffusionTransformer(model.transformer).to(dtype).eval()
+    # TensorRT has no attention of one head of this size.
+    config = replace(model.transformer, num_layers=NUM_LAYERS, model_dim=128, num_heads=8)
+    model = replace(model, transformer=config)
+    transformer = DiffusionTransformer(model.transformer).bfloat16().eval()
     graph = sharded_graph(transformer_graph(transformer, model, "3s"), devices)
     path = tmp_path / "model.onnx"
     save(trace(graph), path, write_module(graph.module, tmp_path / "model.onnx_data"), graph.ttt)
     assert _collectives(path) == [devices] * COLLECTIVES
 
     inputs, outputs = read_signature(path)
-    config = model.transformer
     (tmp_path / FOLDER).mkdir()
     request = BuildRequest(
         graph=graph.name,
         onnx=path,
         gpu=GPU,
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float16",
+        dtype="bfloat16",
         inputs=inputs,
         outputs=outputs,
         profiles=profiles(model, ["3s"], inputs, graph.name),

@@ -257,7 +257,7 @@ def _view(value: c_void_p) -> Array:
     if not prod(shape) or data.value is None:
         return np.empty(tuple(shape), dtype)
     content = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(data.value)
-    return np.frombuffer(content, dtype).reshape(tuple(shape))
+    return np.ndarray(tuple(shape), dtype, content)
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> Any:

@@ -358,8 +358,8 @@ def test_bad_input_is_one_line(run: Run, options: list[str], values: tuple[objec
 def test_a_video_over_devices(devices: int, sent: float, speedup: float, run: Run) -> None:
     """12 tensors [L, D] a layer, of which each device sends (N − 1)/N²; the rest is less than half a percent."""
     options = ("--preset", "5B", "--ttt", "mlp", "--length", "63s", "--dtype", "bfloat16")
-    alone = planned(run, *options)
-    found = planned(run, *options, "--devices", devices, "--interconnect", 450)
+    alone = planned(run, "plan", *options)
+    found = planned(run, "plan", *options, "--devices", devices, "--interconnect", 450)
     needs = found["devices"]
     assert {**alone, "devices": needs} == found
     assert sent < needs["bytes_sent"] < 1.005 * sent
@@ -374,10 +374,10 @@ def test_a_video_over_devices(devices: int, sent: float, speedup: float, run: Ru
 
 def test_a_cpu_has_no_assumed_speed(run: Run) -> None:
     options = ("--preset", "debug", "--length", "9s")
-    needs = planned(run, *options, "--devices", 2, "--interconnect", 10)["devices"]
+    needs = planned(run, "plan", *options, "--devices", 2, "--interconnect", 10)["devices"]
     assert needs["exchange_seconds"] == needs["bytes_sent"] / 10e9
     assert needs["step_seconds"] is None and needs["speedup"] is None
-    alone = planned(run, *options)["components"]["transformer"]["ram"]
+    alone = planned(run, "plan", *options)["components"]["transformer"]["ram"]
     assert alone / 4 < needs["memory"] < alone
 
 

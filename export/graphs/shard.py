@@ -28,6 +28,7 @@ from ttt_video_engine.reference.transformer import (
     timestep_embedding,
     token_layout,
 )
+from ttt_video_engine.reference.ttt_layer import TTTLayer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.ttt_op import COLLECTIVE, DOMAIN, PROJECTIONS_VERSION
 
@@ -164,7 +165,8 @@ def _forward(layer: TransformerLayer, kind: TTTKind | None, x_BlD: Tensor, t_emb
 
     modulation = Modulation(layer.pre_mlp_adaLN_modulation(t_emb), texts)
     hidden = layer.mlp(_modulated(layer.pre_mlp_layernorm(x_BlD), modulation, shard))
-    return x_BlD + shard.pick(modulation.video_gate, modulation.text_gate) * hidden
+    result: Tensor = x_BlD + shard.pick(modulation.video_gate, modulation.text_gate) * hidden
+    return result
 
 
 def _modulated(normed: Tensor, modulation: Modulation, shard: Shard) -> Tensor:
@@ -184,12 +186,14 @@ def _attention(block: SeqModelingBlock, x_BlD: Tensor, shard: Shard) -> Tensor:
     out = block._rotated_attention(block.q_norm(q), block.k_norm(k), v, shard.layout.segment_rotation)
     listed = out.transpose(1, 2).flatten(2).unflatten(0, (-1, scenes)).flatten(1, 2)  # [B, S·M, c]
     first, last = (listed.index_select(1, table) for table in shard.occurrences)
-    return block.o(shard.to_tokens((first + last) / 2))
+    result: Tensor = block.o(shard.to_tokens((first + last) / 2))
+    return result
 
 
 def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor, shard: Shard) -> Tensor:
     """As `SeqModelingBlock._test_time_training`, each scan by heads."""
-    layer, out = block.ssm.ttt, attended
+    layer: TTTLayer = block.ssm.ttt
+    out = attended
     weights = [weight.index_select(0, shard.heads) for weight in (*layer.norms(), *layer.inner_weights())]
     for backward in (False, True):
         order = scan_order(shard.layout, block.config.mini_batch_size, backward=backward)
@@ -209,11 +213,16 @@ def _at(places: Tensor, tokens: Tensor) -> Tensor:
 
 def _all_to_all(blocks: Tensor, devices: int) -> Tensor:
     """Block i of the first axis goes to device i; block i of the result came from it."""
-    attributes = {"collective_operation": "all_to_all", "reduce_op": "none", "root": -1, "nb_rank": devices}
     result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{COLLECTIVE}",
         (blocks,),
-        {**attributes, "group_size": 0},
+        {
+            "collective_operation": "all_to_all",
+            "reduce_op": "none",
+            "root": -1,
+            "nb_rank": devices,
+            "group_size": 0,
+        },
         dtype=blocks.dtype,
         shape=blocks.shape,
         version=PROJECTIONS_VERSION,

@@ -257,7 +257,7 @@ def _view(value: c_void_p) -> Array:
     if not prod(shape) or data.value is None:
         return np.empty(tuple(shape), dtype)
     content = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(data.value)
-    return np.ndarray(tuple(shape), dtype, content)
+    return np.ndarray(tuple(shape), dtype, memoryview(content))
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> Any:

@@ -62,9 +62,10 @@ GPU_GROUP_STREAMS = 5.3
 likewise."""
 GPU_PARTS = 7
 """Parts that a layer in half precision is exported in."""
-GPU_SHARDED_STREAMS = 12.0
+GPU_SHARDED_STREAMS = 12.5
 """Live tensors [tokens of a device, D] in half precision of a graph for several devices, whose layers are not in parts.
-"""
+TensorRT-RTX 1.7 has 12.5 for one clip, and 11.4 for each of a batch of two:
+`python benchmarks/full_width.py --ttt mlp --memory --length 9s --devices 2 --gpu sm_89`."""
 GPU_STREAMS_FLOAT32 = 15
 """Those in float32, whose layers are not in parts. Not measured: as with version 1 of the operator in bfloat16."""
 GPU_VAE_TENSORS = 5

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ttt_video_engine.runtime.bundle import open_bundle
@@ -33,12 +34,12 @@ def test_a_bundle_gets_graphs_for_devices_beside_its_own(
     code, _, _ = run("export", "--output", exported, "--length", "3s")
     assert code == 0 and open_bundle(exported).manifest == after
 
-    def rendered(folder: str, *options: object) -> np.ndarray:  # type: ignore[type-arg]
+    def rendered(folder: str, *options: object) -> NDArray[np.float32]:
         options = ("--bundle", exported, "--output-dir", tmp_path / folder, "--num-steps", 3, *options)
         code, _, errors = run("sample", "--prompt", "A bear sleeps.", *options)
         assert code == 0, errors
         (found,) = (tmp_path / folder).glob(f"*/{LATENTS}")
-        return load_file(found)["latents"]
+        return load_file(found)["latents"].astype(np.float32)
 
     alone, together = rendered("alone"), rendered("together", "--devices", 2)
     assert 0 < np.abs(together - alone).max() < 1e-4 * np.abs(alone).max()

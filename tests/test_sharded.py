@@ -81,8 +81,8 @@ def test_three_scenes_and_a_batch_are_the_reference(runner: ShardedRunner, three
     inputs = _inputs(runner, 0)
     found = runner.run(inputs)["velocity"]
     assert _error(found, three_scenes[0], inputs) < 1e-5
-    again = [runner.run({name: array[[row]] for name, array in inputs.items()})["velocity"] for row in (0, 1)]
-    assert np.array_equal(found, np.concatenate(again)) and not np.array_equal(*again)
+    first, second = (runner.run({name: array[[row]] for name, array in inputs.items()})["velocity"] for row in (0, 1))
+    assert np.array_equal(found, np.concatenate([first, second])) and not np.array_equal(first, second)
 
 
 def test_a_model_without_ttt_layers_is_the_reference(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def _attention(block: SeqModelingBlock, x_BlD: Tensor, shard: Shard) -> Tensor:
 
     def in_segments(x_BLc: Tensor) -> Tensor:
         x_BSMc = x_BLc.index_select(1, shard.segments.flatten()).unflatten(1, shard.segments.shape)
-        return x_BSMc.flatten(0, 1).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [B·S, H, M, F]
+        x_SMHF: Tensor = x_BSMc.flatten(0, 1).unflatten(-1, (-1, head_dim))  # batch and scenes as one axis
+        return x_SMHF.transpose(1, 2)
 
     q, k, v = (in_segments(shard.to_heads(project(x_BlD))) for project in (block.q, block.k, block.v))
     out = block._rotated_attention(block.q_norm(q), block.k_norm(k), v, shard.layout.segment_rotation)

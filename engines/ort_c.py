@@ -60,7 +60,7 @@ _FUNCTIONS = {
 _DTYPES = {1: "float32", 7: "int64", 10: "float16"}
 """ONNXTensorElementDataType → dtype."""
 _ELEMENT_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
-_FATAL, _FAILED, _ARENA, _DEFAULT_MEMORY, _ANY_TYPE = 4, 1, 1, 0, 0
+_FATAL, _FAILED, _ARENA, _DEFAULT_MEMORY, _ANY_TYPE, _REQUIRED = 4, 1, 1, 0, 0, 0
 
 
 class OperatorRunner:
@@ -143,10 +143,6 @@ class OperatorRunner:
         self._session = None
 
 
-def _callback(result: Any, *arguments: Any) -> Any:
-    return CFUNCTYPE(result, *arguments)
-
-
 _OF_OPERATOR = (c_void_p,)
 _OF_INDEX = (c_void_p, c_size_t)
 _FIELDS: dict[str, tuple[Any, ...]] = {
@@ -162,10 +158,11 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "GetInputCharacteristic": (c_int, *_OF_INDEX),
     "GetOutputCharacteristic": (c_int, *_OF_INDEX),
     "GetInputMemoryType": (c_int, *_OF_INDEX),
-    "GetVariadicInputMinArity": (c_int, *_OF_OPERATOR),
-    "GetVariadicInputHomogeneity": (c_int, *_OF_OPERATOR),
-    "GetVariadicOutputMinArity": (c_int, *_OF_OPERATOR),
-    "GetVariadicOutputHomogeneity": (c_int, *_OF_OPERATOR),
+    **{
+        f"GetVariadic{side}{what}": (c_int, *_OF_OPERATOR)
+        for side in ("Input", "Output")
+        for what in ("MinArity", "Homogeneity")
+    },
     "CreateKernelV2": (c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)),
     "KernelComputeV2": (c_void_p, c_void_p, c_void_p),
 }
@@ -177,7 +174,7 @@ class _Table(ctypes.Structure):
 
     _fields_ = [  # as ctypes has it
         ("version", c_uint32),
-        *((name, _callback(*signature)) for name, signature in _FIELDS.items()),
+        *((name, CFUNCTYPE(*signature)) for name, signature in _FIELDS.items()),
     ]
 
 
@@ -201,18 +198,15 @@ class _Operator:
         functions: dict[str, Callable[..., Any]] = {
             "GetName": lambda operator: ctypes.addressof(encoded),
             "GetExecutionProviderType": lambda operator: None,  # the CPU's
-            "GetInputType": lambda operator, index: _ANY_TYPE,
-            "GetInputTypeCount": lambda operator: 1,
-            "GetOutputType": lambda operator, index: _ANY_TYPE,
-            "GetOutputTypeCount": lambda operator: 1,
-            "KernelDestroy": lambda kernel: None,
-            "GetInputCharacteristic": lambda operator, index: 0,
-            "GetOutputCharacteristic": lambda operator, index: 0,
+            **dict.fromkeys(("GetInputType", "GetOutputType"), lambda operator, index: _ANY_TYPE),
+            **dict.fromkeys(("GetInputTypeCount", "GetOutputTypeCount"), lambda operator: 1),
+            **dict.fromkeys(("GetInputCharacteristic", "GetOutputCharacteristic"), lambda operator, index: _REQUIRED),
             "GetInputMemoryType": lambda operator, index: _DEFAULT_MEMORY,
+            "KernelDestroy": lambda kernel: None,
             "CreateKernelV2": create,
             "KernelComputeV2": run,
         }
-        self.table = _Table(_VERSION, **{key: _callback(*_FIELDS[key])(made) for key, made in functions.items()})
+        self.table = _Table(_VERSION, **{key: CFUNCTYPE(*_FIELDS[key])(made) for key, made in functions.items()})
 
 
 def _tensors(context: c_void_p) -> tuple[Array, Array]:
@@ -227,17 +221,9 @@ def _tensors(context: c_void_p) -> tuple[Array, Array]:
 
 def _value(array: Array) -> c_void_p:
     """A tensor of ONNX Runtime in the memory of `array`."""
-    value, shape = c_void_p(), (c_int64 * array.ndim)(*array.shape)
-    _call(
-        "CreateTensorWithDataAsOrtValue",
-        _memory(),
-        c_void_p(array.ctypes.data),
-        c_size_t(array.nbytes),
-        shape,
-        c_size_t(array.ndim),
-        c_int(_ELEMENT_TYPES[array.dtype.name]),
-        byref(value),
-    )
+    value, shape, rank = c_void_p(), (c_int64 * array.ndim)(*array.shape), c_size_t(array.ndim)
+    data, size, kind = c_void_p(array.ctypes.data), c_size_t(array.nbytes), c_int(_ELEMENT_TYPES[array.dtype.name])
+    _call("CreateTensorWithDataAsOrtValue", _memory(), data, size, shape, rank, kind, byref(value))
     return value
 
 
@@ -293,7 +279,7 @@ def _table() -> c_void_p:
     if not paths:
         raise BackendError(f"{folder}: has no library of ONNX Runtime's C interface; run: pip install -U onnxruntime")
     base = ctypes.CDLL(str(paths[0])).OrtGetApiBase
-    base.restype = POINTER(_callback(c_void_p, c_uint32))
+    base.restype = POINTER(CFUNCTYPE(c_void_p, c_uint32))
     return c_void_p(base()[0](_VERSION))
 
 

@@ -23,9 +23,9 @@ from ttt_video_engine.engines.tensorrt.engine import BuildSettings, EngineEntry
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.engines import TRANSFORMER_BATCHES, profiles, workspace
 from ttt_video_engine.export.graphs import graph as onnx_graph
-from ttt_video_engine.export.graphs.components import transformer_graph
+from ttt_video_engine.export.graphs.components import sharded_graph, transformer_graph
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
-from ttt_video_engine.planning.memory import gpu_activations
+from ttt_video_engine.planning.memory import gpu_activations, sharded_gpu_activations
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
@@ -44,6 +44,7 @@ class Slice:
     gpu: str
     dtype: DType
     plugins: bool
+    devices: int
 
 
 def main() -> None:
@@ -53,10 +54,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--length", choices=LENGTHS, action="append", help="default: 3s; with --memory all")
     parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="that one video runs on")
     parser.add_argument("--no-plugin", action="store_true")
     parser.add_argument("--memory", action="store_true", help="activations by length, instead of steps")
     options = parser.parse_args()
     common = {"ttt": options.ttt, "gpu": options.gpu, "dtype": options.dtype, "plugins": not options.no_plugin}
+    common["devices"] = options.devices
     rows: list[list[str]] = []
     if options.memory:
         lengths = options.length or LENGTHS
@@ -76,7 +79,10 @@ def memory_rows(part: Slice, entry: EngineEntry) -> list[list[str]]:
     """One row per batch."""
     rows = []
     for batch, found in zip(TRANSFORMER_BATCHES, entry.activations, strict=True):
-        planned = gpu_activations(preset("5B", part.ttt), part.length, part.dtype, batch)["transformer"]
+        model = preset("5B", part.ttt)
+        planned = gpu_activations(model, part.length, part.dtype, batch)["transformer"]
+        if part.devices > 1:
+            planned = sharded_gpu_activations(model, part.length, part.dtype, batch, part.devices)
         sizes = [f"{found:,}", f"{planned:,}", f"{planned / found - 1:+.1%}"]
         rows.append(print_row([f"{part.ttt} {part.num_layers}", part.length, str(batch), *sizes]))
     return rows
@@ -104,6 +110,8 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         transformer = DiffusionTransformer(model.transformer).eval()
         torch.set_default_dtype(torch.float32)
         graph = transformer_graph(transformer, model, part.length)
+        if part.devices > 1:
+            graph = sharded_graph(graph, part.devices)
         weights = write_module(graph.module, folder / WEIGHTS_FILE)
         result.append(f"{weights.path.stat().st_size:,} bytes")
 
@@ -112,7 +120,7 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         path = folder / "model.onnx"
         onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
         result.append(f"{path.stat().st_size:,} bytes")
-        name, weight_bytes = graph.name, weights.path.stat().st_size
+        name, whole_name, weight_bytes = graph.name, graph.whole_name, weights.path.stat().st_size
         del transformer, graph
     inputs, outputs = onnx_graph.read_signature(path)
 
@@ -129,7 +137,7 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         kernels=folder / "kernels",
         scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count=2 * part.num_layers),
         weights=weight_bytes,
-        workspace=workspace(model, [part.length], part.dtype, name),
+        workspace=workspace(model, [part.length], part.dtype, whole_name),
     )
     result = []
     with measured(f"TensorRT build for {part.gpu}", result):

@@ -90,6 +90,14 @@ def export(
         Quantization,
         typer.Option(help="int8 multiplies the matrices of the transformer's layers in int8: faster on CPUs."),
     ] = "none",
+    devices: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="The transformer also over so many devices, for sample --devices; may be given several times.",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
     optimization_level: Annotated[int, typer.Option(help="TensorRT's, 0 to 5.", min=0, max=5)] = 3,
     workspace: Annotated[
         int | None,
@@ -144,6 +152,13 @@ def export(
             if not chosen.vae_scale_stated:
                 source = source.with_stored_scale()
         engines = EngineRequest(tuple(dict.fromkeys(gpu or ())), settings)
-        options = ExportOptions(engines, display.update, inline=inline, defaults=defaults, quantize=quantize)
+        options = ExportOptions(
+            engines,
+            display.update,
+            inline=inline,
+            defaults=defaults,
+            quantize=quantize,
+            devices=tuple(devices or ()),
+        )
         export_bundle(source, output, chosen.lengths, chosen.dtype, display.line, options)
     typer.echo(f"bundle: {output}")

@@ -1,17 +1,17 @@
 """The loader of runners that options choose, and those options."""
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ttt_video_engine.engines.guidance_pair import PairLoader
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader, ProviderName, num_cores
+from ttt_video_engine.engines.sharded import ShardedLoader
 from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.engines.tensorrt.runner import TensorRTLoader
 from ttt_video_engine.runtime.bundle import Bundle
-from ttt_video_engine.runtime.errors import BackendError, ConfigError
+from ttt_video_engine.runtime.errors import BackendError, BundleError, ConfigError
 from ttt_video_engine.runtime.settings import BackendName
 
 if TYPE_CHECKING:
@@ -66,9 +66,22 @@ def make_pair_loader(
     return PairLoader(bundle, make_loader(bundle, engine, provider, gpu_memory, low_memory=True), half)
 
 
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def make_sharded_loader(
+    bundle: Bundle, engine: BackendName, provider: ProviderName | None, gpu_memory: str | None, devices: int
+) -> ShardedLoader:
+    """As `make_loader`, with the transformer over so many processes, each with its part of the cores.
+
+    Raises ConfigError for another engine than ONNX Runtime on the CPU, BundleError where the bundle is not exported for
+    so many devices.
+    """
+    if engine != "onnxruntime" or provider not in (None, "cpu"):
+        raise ConfigError("--devices runs in ONNX Runtime on CPUs alone: leave out --engine and --provider")
+    if devices not in bundle.manifest.devices:
+        raise BundleError(
+            f"{bundle.root}: has no transformer for {devices} devices; export it again with --devices {devices}"
+        )
+    whole = make_loader(bundle, engine, "cpu", gpu_memory, low_memory=True)
+    return ShardedLoader(bundle, whole, devices, max(1, num_cores() // devices))
 
 
 def _torch_loader(bundle: Bundle, provider: ProviderName | None) -> "TorchLoader":

@@ -11,6 +11,7 @@ from ttt_video_engine.commands.options import Debug, Json
 from ttt_video_engine.engines.tensorrt.engine import list_engines
 from ttt_video_engine.engines.tensorrt.memory import parse_memory
 from ttt_video_engine.export.sources.cogvideox_sizes import with_stored_sizes
+from ttt_video_engine.planning.devices import device_needs, device_report
 from ttt_video_engine.planning.fit import MemorySettings, PlanInput, available_ram, disk_bytes, fit
 from ttt_video_engine.planning.measured import measured_activations
 from ttt_video_engine.planning.report import commands, report, source_options, verdict
@@ -60,6 +61,13 @@ def plan(
         ),
     ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="What the GPU has, such as 24GB.", show_default=False)] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Say what each of so many devices needs that share a video.", min=2)
+    ] = None,
+    interconnect: Annotated[
+        float | None,
+        typer.Option(help="GB/s that each of --devices sends, such as 450 of NVLink 4.", show_default=False),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,6 +80,8 @@ def plan(
         )
     if engine == "onnxruntime" and gpu_memory is not None:
         raise ConfigError("--gpu-memory is for --engine tensorrt: leave it out, or name that engine")
+    if interconnect is not None and devices is None:
+        raise ConfigError("--interconnect is between devices: give --devices too, or leave it out")
     if scenes is not None:
         if length not in (None, length_name(scenes)):
             raise ConfigError(f"--length {length} and --scenes {scenes}, {length_name(scenes)}: leave one out")
@@ -106,6 +116,9 @@ def plan(
     request = PlanInput(model.stating([settings.length]), settings, engine, num_steps, disk, measured)
     found = fit(request, limit, ram)
     typed = commands(found, source_options(model, checkpoint, config), opened, gpu_memory)
+    shared = (
+        None if devices is None else device_needs(found, devices, None if interconnect is None else interconnect * 1e9)
+    )
     stored = {}
     if checkpoint is not None:
         from ttt_video_engine.export.sources.stored_sizes import stored_sizes
@@ -113,8 +126,12 @@ def plan(
         stored = stored_sizes(checkpoint)
     if json:
         content = {"verdict": verdict(found), "commands": typed, "checkpoint": stored, **msgspec.to_builtins(found)}
+        if shared is not None:
+            content["devices"] = msgspec.to_builtins(shared)
         typer.echo(msgspec.json.encode(content).decode())
     else:
         typer.echo("\n".join(report(found, typed, stored)))
+        if shared is not None:
+            typer.echo("\n".join(["", *device_report(shared, engine)]))
     if limit is not None and found.chosen is None:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ttt_video_engine.commands.loaders import make_loader, make_pair_loader
+from ttt_video_engine.commands.loaders import make_loader, make_pair_loader, make_sharded_loader
 from ttt_video_engine.engines.onnxruntime import PROVIDERS, ProviderName, available_providers
 from ttt_video_engine.engines.ort import ort
 from ttt_video_engine.replicas.bundle_cache import fetch_bundle
@@ -34,6 +34,7 @@ class Engine:
     provider: ProviderName | None = None
     gpu_memory: str | None = None
     guidance_parallel: bool = False
+    devices: int = 1
 
     @property
     def gpus(self) -> int:
@@ -44,6 +45,8 @@ class Engine:
         """Loads graphs of a bundle."""
         if self.guidance_parallel:
             return make_pair_loader(bundle, self.name, self.provider, self.gpu_memory)
+        if self.devices > 1:
+            return make_sharded_loader(bundle, self.name, self.provider, self.gpu_memory, self.devices)
         return make_loader(bundle, self.name, self.provider, self.gpu_memory, low_memory=low_memory)
 
 

@@ -108,6 +108,9 @@ def sample(
     guidance_parallel: Annotated[
         bool, typer.Option("--guidance-parallel", help="Run the branches of guidance in two processes, on two GPUs.")
     ] = False,
+    devices: Annotated[
+        int, typer.Option(help="Run the transformer over so many processes; the bundle must be for them.", min=1)
+    ] = 1,
     width: Annotated[
         int | None, typer.Option(help="Pixels that the bundle must have (eval.image_width).", rich_help_panel=_BUNDLE)
     ] = None,
@@ -197,6 +200,8 @@ def sample(
     settings = replace(opened.manifest.defaults, **(FAST if fast else {}))
     if guidance_parallel and low_memory:
         raise ConfigError("--guidance-parallel already takes the memory of --low-memory on each GPU; leave out one")
+    if guidance_parallel and devices > 1:
+        raise ConfigError("--guidance-parallel and --devices both share out a video: leave out one")
     asked = {
         "num_steps": _first(num_steps, stated.num_steps),
         "guidance_scale": _first(guidance_scale, stated.guidance_scale),
@@ -216,7 +221,9 @@ def sample(
     options = RenderOptions(
         checkpoint_every=checkpoint_every, keep_latents=keep_latents, stop_after=stop_after, preview_every=preview_every
     )
-    order = Order(bundle, output_dir, settings, Engine(engine, provider, gpu_memory, guidance_parallel), options)
+    order = Order(
+        bundle, output_dir, settings, Engine(engine, provider, gpu_memory, guidance_parallel, devices), options
+    )
     cluster = _cluster(ray, workers, gpus_per_worker)
     if wandb is not None and (cluster is not None or is_uri(output_dir)):
         raise ConfigError("--wandb reads the files of a video: leave it out with --ray and with a URI")

@@ -1,6 +1,7 @@
 """Runs graphs in ONNX Runtime: on the CPU, with onnxruntime-gpu on an NVIDIA GPU, or with a plugin provider."""
 
 import ctypes
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +143,11 @@ class OnnxRuntimeLoader:
             )
         self._environment["provider"] = runner.providers[0]
         return runner
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _return_freed_memory() -> None:

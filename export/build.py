@@ -23,6 +23,7 @@ from ttt_video_engine.export.parity.gate import Gate
 from ttt_video_engine.export.sources.source import Component, ModelSource, components_of
 from ttt_video_engine.export.stage import Stage, export_lock, open_stage
 from ttt_video_engine.export.swap import bundle_files, finish_replacement
+from ttt_video_engine.planning.devices import check_devices
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
 from ttt_video_engine.reference.initialise import with_placeholder_weights
 from ttt_video_engine.runtime.bundle import (
@@ -58,7 +59,7 @@ class ExportOptions:
     """Options of an export: TensorRT engines to build, progress, and TTT nodes inlined as standard operators.
 
     `defaults` are those of rendering that the bundle states; None for those of the model's kind. `quantize` says how
-    the transformer is quantised.
+    the transformer is quantised. For each of `devices`, the transformer gets another graph of each length.
     """
 
     engines: EngineRequest = field(default_factory=EngineRequest)
@@ -66,6 +67,7 @@ class ExportOptions:
     inline: bool = False
     defaults: Settings | None = None
     quantize: Quantization = "none"
+    devices: tuple[int, ...] = ()
 
 
 def export_bundle(
@@ -91,12 +93,16 @@ def export_bundle(
     check_gpus(options.engines.gpus)
     for length in lengths:
         source.model.clip_size(length)
+        for number in options.devices:
+            check_devices(source.model.transformer, source.model.clip_size(length), number)
     output = replaceable_path(output)
     components = components_of(source)
     with writing(output), export_lock(output):
         previous = _previous_bundle(output)
         previous_lengths = () if previous is None else previous.manifest.lengths
         lengths = sorted({*lengths, *previous_lengths}, key=num_scenes)
+        previous_devices = () if previous is None else previous.manifest.devices
+        devices = tuple(sorted({*options.devices, *previous_devices}))
         with _opened_stage(output, previous, report) as stage:
             defaults = options.defaults or settings_for(source.model.transformer.ttt)
             build = _Build(
@@ -111,6 +117,7 @@ def export_bundle(
                 defaults,
                 options.quantize,
                 op_version(source.model.transformer, options.engines),
+                devices,
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -118,7 +125,11 @@ def export_bundle(
                 build.component(name)
             build.engines(options.engines)
             build.compare_defaults()
-            if previous is not None and not build.changed and list(previous_lengths) == lengths:
+            if (
+                previous is not None
+                and not build.changed
+                and (list(previous_lengths), previous_devices) == (lengths, devices)
+            ):
                 report("nothing has changed")
                 stage.discard()
                 return previous
@@ -141,6 +152,7 @@ class _Build:
     defaults: Settings
     quantize: Quantization
     op_version: OpVersion
+    devices: tuple[int, ...]
     graphs: dict[str, GraphEntry] = field(default_factory=dict)
     tokenizer_key: Key = field(default_factory=dict)
     changed: bool = False
@@ -164,8 +176,15 @@ class _Build:
         needs = {}
         for name in self.components:
             file, _ = self._layout(name)
-            graphs = len(self.lengths) if name == "transformer" else 2 if name == "vae_decoder" else 1
-            engines = graphs * len(gpus) * file.size  # an engine holds the weights of its graph
+            graphs = (
+                len(self.lengths) * (1 + len(self.devices))
+                if name == "transformer"
+                else 2
+                if name == "vae_decoder"
+                else 1
+            )
+            own = len(self.lengths) if name == "transformer" else graphs
+            engines = own * len(gpus) * file.size  # an engine holds the weights of its graph
             if self.stage.has_weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)):
                 engines = max(
                     0, engines - sum(size for graph, size in existing_engines.items() if graph.startswith(name))
@@ -197,6 +216,7 @@ class _Build:
             inline=self.inline,
             quantize=self.quantize,
             op_version=self.op_version,
+            devices=self.devices,
         ):
             key = graph_key(
                 self.source.model,
@@ -207,6 +227,7 @@ class _Build:
                 inline=graph.inline,
                 quantize=graph.quantize,
                 op_version=graph.op_version if graph.ttt else None,
+                devices=graph.devices,
             )
             reused = self.stage.find_graph(graph.name, key)
             if reused is not None:
@@ -240,6 +261,7 @@ class _Build:
             model=self.model,
             dtype=self.dtype,
             stored_quantize=UNSET if self.quantize == "none" else self.quantize,
+            stored_devices=self.devices or UNSET,
             opset=OPSET,
             lengths=tuple(self.lengths),
             graphs=self.graphs,

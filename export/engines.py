@@ -26,7 +26,7 @@ from ttt_video_engine.export.stage import is_export_file
 from ttt_video_engine.planning.fit import GRAPHS, MORE_RAM, available_ram
 from ttt_video_engine.planning.memory import build_memory, gpu_activations
 from ttt_video_engine.planning.report import gib
-from ttt_video_engine.runtime.bundle import TEXT_ENCODER, FileEntry, Manifest, transformer_graph_name
+from ttt_video_engine.runtime.bundle import RANK, TEXT_ENCODER, FileEntry, Manifest, transformer_graph_name
 from ttt_video_engine.runtime.callbacks import Progress, Report
 from ttt_video_engine.runtime.config import ModelConfig
 from ttt_video_engine.runtime.dtypes import DType
@@ -63,7 +63,7 @@ def build_engines(
     report: Report,
     progress: Progress,
 ) -> bool:
-    """Writes the requested engines of every graph into `stage`. Returns whether the set of engines changed.
+    """Writes the requested engines of every graph for one device into `stage`. Returns whether the engines changed.
 
     `stage` holds the graphs that `manifest` describes. Engines are reused from the bundle at `previous`, those for
     other GPUs included, and from an interrupted export in `stage`, if their keys match. Raises BackendError if a build
@@ -71,7 +71,8 @@ def build_engines(
     """
     engines, settings = readable_engines(previous) if previous else [], request.settings
     old = {(engine.entry.graph, engine.entry.gpu): engine for engine in engines}
-    wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in manifest.graphs for gpu in request.gpus}
+    graphs = [name for name, graph in manifest.graphs.items() if all(spec.name != RANK for spec in graph.inputs)]
+    wanted = {(graph, gpu): _key(manifest, graph, gpu, settings) for graph in graphs for gpu in request.gpus}
     finished = _finished_engines(stage, wanted)
     changed = False
     for (graph, gpu), engine in old.items():

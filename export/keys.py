@@ -38,16 +38,18 @@ def graph_key(
     inline: bool = False,
     quantize: Quantization = "none",
     op_version: OpVersion | None = None,
+    devices: int = 1,
 ) -> Key:
     """The key of a graph: everything that could change it. Graphs with equal keys are identical.
 
-    `op_version` is that of the TTT nodes, None where there are none.
+    `op_version` is that of the TTT nodes, None where there are none. `devices` run the graph together.
     """
     model_key = {"preset": model.name, "config": _digest(model), "weights": weights, "length": length}
     functions = "inlined" if inline else "kept"
     key = {**model_key, "precision": dtype, "opset": str(opset), "functions": functions}
     operator = {} if op_version is None else {"operator": f"version {op_version}"}
-    return key | operator | _quantized(quantize) | dict(_code_and_tools(GRAPHS))
+    together = {} if devices == 1 else {"devices": str(devices)}
+    return key | operator | together | _quantized(quantize) | dict(_code_and_tools(GRAPHS))
 
 
 def weights_key(model: ModelConfig, *, origin: str, dtype: str, quantize: Quantization = "none") -> Key:

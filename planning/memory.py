@@ -62,6 +62,10 @@ GPU_GROUP_STREAMS = 5.3
 likewise."""
 GPU_PARTS = 7
 """Parts that a layer in half precision is exported in."""
+GPU_SHARDED_STREAMS = 12.5
+"""Live tensors [tokens of a device, D] in half precision of a graph for several devices, whose layers are not in parts.
+TensorRT-RTX 1.7 has 12.5 for one clip, and 11.4 for each of a batch of two:
+`python benchmarks/full_width.py --ttt mlp --memory --length 9s --devices 2 --gpu sm_89`."""
 GPU_STREAMS_FLOAT32 = 15
 """Those in float32, whose layers are not in parts. Not measured: as with version 1 of the operator in bfloat16."""
 GPU_VAE_TENSORS = 5
@@ -141,6 +145,12 @@ def gpu_activations(model: ModelConfig, length: str, dtype: DType, batch: int) -
         "transformer": _gpu_transformer_activations(model, size, batch, item),
         "vae_decoder": _gpu_vae_activations(model, size, item),
     }
+
+
+def sharded_gpu_activations(model: ModelConfig, length: str, dtype: DType, batch: int, devices: int) -> int:
+    """The estimated scratch memory of a transformer's engine on each of several devices, in bytes."""
+    tokens = model.clip_size(length).num_tokens(model.transformer.patch_size) // devices
+    return int(batch * ITEM_BYTES[dtype] * GPU_SHARDED_STREAMS * tokens * model.transformer.model_dim)
 
 
 def host_memory(model: ModelConfig, length: str) -> dict[str, int]:

@@ -169,8 +169,15 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_embed_dim, 2 * config.model_dim))
 
     def forward(self, x_BLD: Tensor, t_emb: Tensor, layout: TokenLayout) -> Tensor:
+        return self.unpatchify(self.patches(x_BLD, t_emb), layout)
+
+    def patches(self, x_BLD: Tensor, t_emb: Tensor) -> Tensor:
+        """The velocity of each token's patch, [B, L, channels·patch²]."""
         shift, scale = self.adaLN_modulation(t_emb).unsqueeze(1).chunk(2, dim=-1)
-        patches = self.linear(self.norm(x_BLD) * (1 + scale) + shift)
+        return self.linear(self.norm(x_BLD) * (1 + scale) + shift)
+
+    def unpatchify(self, patches: Tensor, layout: TokenLayout) -> Tensor:
+        """Patches [B, T·patches, channels·patch²] of all video tokens → velocity."""
         channels, patch = self.config.out_channels, self.config.patch_size
         # [B, T, y, x, channels, patch_y, patch_x] → [B, T, channels, y, patch_y, x, patch_x] → rows and columns joined
         grid = patches.view(-1, layout.num_frames, layout.height, layout.width, channels, patch, patch)

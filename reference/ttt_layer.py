@@ -37,6 +37,10 @@ class TTTLayer(nn.Module):
         self.learnable_ttt_lr_bias = nn.Parameter(torch.zeros(heads, 1))
         self.post_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the norm that each head's inner model has."""
+        return self.ttt_norm_weight, self.ttt_norm_bias
+
     def inner_weights(self) -> tuple[Tensor, ...]:
         """Initial weights of the inner model, in the order `scan` takes them."""
         raise TypeError(f"{type(self).__name__} has no inner model; use TTTLinear or TTTMLP")

@@ -35,6 +35,15 @@ def transformer_graph_name(length: str) -> str:
     return f"transformer-{length}"
 
 
+RANK = "rank"
+"""The input of a graph for several devices that numbers them: [1] int64, from 0."""
+
+
+def sharded_name(graph: str, devices: int) -> str:
+    """Name of the graph that each of several devices runs in place of a transformer's graph."""
+    return f"{graph}-{devices}devices"
+
+
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and digest of one file of the bundle."""
 
@@ -66,13 +75,20 @@ class GraphEntry(Struct, frozen=True, forbid_unknown_fields=True):
     key: dict[str, str]
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename={"stored_quantize": "quantize"}):
-    """The content of `bundle.json`. `stored_quantize` is not written where nothing is quantised."""
+class Manifest(
+    Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"stored_quantize": "quantize", "stored_devices": "devices"},
+):
+    """The content of `bundle.json`. `stored_quantize` and `stored_devices` are not written where they say nothing."""
 
     format_version: int = FORMAT_VERSION
     model: ModelConfig
     dtype: DType
     stored_quantize: Quantization | UnsetType = UNSET
+    stored_devices: tuple[int, ...] | UnsetType = UNSET
     opset: int
     lengths: tuple[str, ...]
     graphs: dict[str, GraphEntry]
@@ -86,6 +102,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, re
     def quantize(self) -> Quantization:
         """How the transformer is quantised."""
         return "none" if self.stored_quantize is UNSET else self.stored_quantize
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Numbers of devices that the transformer also has graphs for."""
+        return () if self.stored_devices is UNSET else self.stored_devices
 
 
 class _Version(Struct):
@@ -250,11 +271,15 @@ def _expected_inputs(source: Path, manifest: Manifest) -> dict[str, dict[str, tu
         if length not in model.text_lengths:
             raise BundleError(f"{source}: lengths: {length!r} is unknown; {EXPORT_AGAIN}")
         size = model.clip_size(length)
-        expected[transformer_graph_name(length)] = {
+        name = transformer_graph_name(length)
+        shapes: dict[str, tuple[int | str, ...]] = {
             "latents": ("batch", *latent_shape(model, size)),
             "text": ("batch", size.num_scenes, size.text_length, model.transformer.text_dim),
             "timestep": ("batch",),
         }
+        expected[name] = shapes
+        for devices in manifest.devices:
+            expected[sharded_name(name, devices)] = {**shapes, RANK: (1,)}
     size = model.clip_size(manifest.lengths[0])
     _, channels, height, width = latent_shape(model, size)
     window = model.vae.temporal_window

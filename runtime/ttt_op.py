@@ -13,6 +13,8 @@ OpVersion = Literal[1, 2]
 DOMAIN = "ai.ttt"
 VERSION: OpVersion = 1
 PROJECTIONS_VERSION: OpVersion = 2
+COLLECTIVE = "DistCollective"
+"""TensorRT's operator between devices, in the same domain. ONNX Runtime has none of its own: `engines/exchange.py`."""
 OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
 INPUTS: dict[TTTKind, tuple[str, ...]] = {
     "linear": ("XQ", "XK", "XV", "eta", "norm_weight", "norm_bias", "W1", "b1"),

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from ttt_video_engine.export.graphs.graph import Graph, Input
 from ttt_video_engine.export.graphs.quantize import quantize_weights
+from ttt_video_engine.export.graphs.shard import ShardedTransformerGraph
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict
 from ttt_video_engine.reference.initialise import on_meta_device
 from ttt_video_engine.reference.text_encoder import TextEncoder
@@ -21,10 +22,12 @@ from ttt_video_engine.reference.vae import CausalConv3d, ConvCache, VaeDecoder
 from ttt_video_engine.runtime.bundle import (
     CACHE_IN,
     CACHE_OUT,
+    RANK,
     TEXT_ENCODER,
     VAE_FIRST,
     VAE_NEXT,
     latent_shape,
+    sharded_name,
     transformer_graph_name,
 )
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
@@ -40,13 +43,20 @@ def component_graphs(
     inline: bool = False,
     quantize: Quantization = "none",
     op_version: OpVersion = PROJECTIONS_VERSION,
+    devices: Sequence[int] = (),
 ) -> list[Graph]:
-    """All graphs of a component; the transformer has one for each of `lengths`. Keyword arguments are as in Graph."""
+    """All graphs of a component; the transformer has one for each of `lengths`, and one more for each of `devices`,
+    which always has version 2 of the operator.
+
+    The other keyword arguments are as in Graph.
+    """
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
     if isinstance(module, DiffusionTransformer):
-        graphs = (transformer_graph(module, model, length) for length in lengths)
-        return [replace(graph, inline=inline, quantize=quantize, op_version=op_version) for graph in graphs]
+        graphs = [transformer_graph(module, model, length) for length in lengths]
+        graphs = [replace(graph, inline=inline, quantize=quantize) for graph in graphs]
+        sharded = [sharded_graph(graph, number) for graph in graphs for number in devices]
+        return [*(replace(graph, op_version=op_version) for graph in graphs), *sharded]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
@@ -87,6 +97,18 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
         ttt=model.transformer.ttt_kind,
         length=length,
         layers="transformer.layers",
+    )
+
+
+def sharded_graph(graph: Graph, devices: int) -> Graph:
+    """The graph that each of `devices` runs in place of `graph`, the transformer's."""
+    return replace(
+        graph,
+        name=sharded_name(graph.name, devices),
+        file=f"{graph.file.removesuffix('.onnx')}-{devices}devices.onnx",
+        module=ShardedTransformerGraph(graph.module.transformer, devices),  # type: ignore[arg-type]  # it is one
+        inputs=(*graph.inputs, Input(RANK, torch.zeros(1, dtype=torch.int64), {})),
+        devices=devices,
     )
 
 

@@ -19,15 +19,17 @@ from ttt_video_engine.export.graphs.parts import layers_in_parts
 from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
+from ttt_video_engine.export.graphs.shard import sharded_layers
 from ttt_video_engine.export.graphs.timestep import accurate_timestep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
 from ttt_video_engine.export.graphs.weights import WeightFile
+from ttt_video_engine.runtime.bundle import sharded_name
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
-from ttt_video_engine.runtime.ttt_op import DOMAIN, PROJECTIONS_VERSION, VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import COLLECTIVE, DOMAIN, PROJECTIONS_VERSION, VERSION, OpVersion
 
 OPSET = 23
 """Opset 23 is the first with Attention and RotaryEmbedding."""
@@ -67,7 +69,7 @@ class Graph:
     of its TTT nodes, None if it has none, `op_version` their version. `length` is the clip length of the graph, "any"
     if all lengths share it. `layers` is the attribute that holds the module's list of identical layers, empty if it has
     none. With `inline`, TTT nodes are written as standard operators. With `quantize`, the matrices of the layers are
-    int8 (`quantize.py`).
+    int8 (`quantize.py`). More than one of `devices` run a `ShardedTransformerGraph` together.
     """
 
     name: str
@@ -81,11 +83,17 @@ class Graph:
     inline: bool = False
     quantize: Quantization = "none"
     op_version: OpVersion = PROJECTIONS_VERSION
+    devices: int = 1
 
     @property
     def component(self) -> str:
         """The component's folder in a bundle. All graphs of one module share it."""
         return self.file.partition("/")[0]
+
+    @property
+    def whole_name(self) -> str:
+        """Name of the graph that computes the same on one device."""
+        return self.name.removesuffix(sharded_name("", self.devices))
 
 
 def trace(graph: Graph) -> ir.Model:
@@ -115,6 +123,9 @@ def _export_module(graph: Graph) -> ir.Model:
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
     as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
     nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
+    layers = nullcontext() if graph.op_version == VERSION else layers_in_parts(module)
+    if graph.devices > 1:
+        nodes, layers = nullcontext(), sharded_layers(module, graph.ttt)
     shapes = tuple({axis: axes[name] for axis, name in spec.free_axes.items()} for spec in inputs)
     with (
         _silence_exporter(),
@@ -123,7 +134,7 @@ def _export_module(graph: Graph) -> ir.Model:
         nullcontext() if graph.op_version == VERSION else attention_as_operators(module),
         # OpenVINO 2026.4 gives wrong velocities with these operators (5e-2, on random inputs).
         nullcontext() if graph.inline else accurate_timestep(module),
-        nullcontext() if graph.op_version == VERSION else layers_in_parts(module),
+        layers,
         nodes,
     ):
         program = torch.onnx.export(
@@ -237,11 +248,18 @@ def _name_scans(model: ir.Model) -> None:
     """Names each TTT node after its layer and direction, for error messages: `<layer>.forward`, `<layer>.backward`."""
     seen: set[str] = set()
     for node in model.graph:
-        if node.domain == DOMAIN:
-            names = [value.name or "" for value in node.inputs if value is not None]
+        if node.domain == DOMAIN and node.op_type != COLLECTIVE:
+            names = [_origin(value).name or "" for value in node.inputs if value is not None]
             layer = next((name.removesuffix(".W1") for name in names if name.endswith(".W1")), "ttt")
             node.name = f"{layer}.{'backward' if layer in seen else 'forward'}"
             seen.add(layer)
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """The tensor that a device's part of it was taken from; `value` itself where it is no such part."""
+    node = value.producer()
+    whole = node.inputs[0] if node is not None and node.op_type == "Gather" else None
+    return value if whole is None else whole
 
 
 @contextmanager

@@ -8,7 +8,7 @@ in memory. It computes what `TTTLayer.forward` computes between the projections 
 mini-batches of C tokens; in the body also G mini-batches of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from ttt_video_engine.export.graphs.order import after
 from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.ttt_layer import TTTLayer
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_VERSION
 
 
@@ -86,7 +86,7 @@ def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor
     return out
 
 
-def _projections(layer: TTTLayer, x_BLD: Tensor) -> list[Tensor]:
+def projections(layer: TTTLayer, x_BLD: Tensor) -> list[Tensor]:
     """q, k, v and the logits of the learning rates.
 
     In half precision one after the other: TensorRT would make one product of them, and then copy its parts.
@@ -100,21 +100,25 @@ def _projections(layer: TTTLayer, x_BLD: Tensor) -> list[Tensor]:
 
 
 def _node(layer: TTTLayer, kind: TTTKind, x_BLD: Tensor, order: ScanOrder) -> Tensor:
-    config = layer.config
-    q, k, v, logits_BLH = _projections(layer, x_BLD)
+    weights = (*layer.norms(), *layer.inner_weights())
+    out_BLD = scan_node(kind, layer.config, projections(layer, x_BLD), order, weights)
+    result: Tensor = layer.wo(layer.post_norm(out_BLD))
+    return result
+
+
+def scan_node(
+    kind: TTTKind, config: TransformerConfig, projected: Sequence[Tensor], order: ScanOrder, weights: Sequence[Tensor]
+) -> Tensor:
+    """The node of version 2 with what `projections` gives, and the norm and the inner weights of the same heads."""
+    q = projected[0]
     scale = torch.tensor(config.ttt_base_lr / config.head_dim / config.mini_batch_size)
     # TensorRT's parser uses a plugin only if the node has the plugin's namespace as an attribute.
-    out_BLD = torch.onnx.ops.symbolic(
+    result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{OP_TYPES[kind]}",
-        (
-            *(q, k, v, logits_BLH, scale),
-            *(order.cos, order.sin, order.tokens, order.rate_tokens),
-            *(layer.ttt_norm_weight, layer.ttt_norm_bias, *layer.inner_weights()),
-        ),
+        (*projected, scale, order.cos, order.sin, order.tokens, order.rate_tokens, *weights),
         {"plugin_namespace": DOMAIN, "plugin_version": str(PROJECTIONS_VERSION)},
         dtype=q.dtype,
         shape=q.shape,
         version=PROJECTIONS_VERSION,
     )
-    result: Tensor = layer.wo(layer.post_norm(out_BLD))
     return result

@@ -12,11 +12,13 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.engines.sharded import ShardedRunner
 from ttt_video_engine.export.graphs.components import component_graphs
-from ttt_video_engine.export.graphs.graph import Graph, read_signature, save, trace
+from ttt_video_engine.export.graphs.graph import Graph, save, trace
 from ttt_video_engine.export.graphs.quantize import stored_names
 from ttt_video_engine.export.graphs.upcast import upcast_bfloat16
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, WeightFile
+from ttt_video_engine.export.parity.onnx_graphs import open_graph
 from ttt_video_engine.export.parity.real_text import real_prompts
 from ttt_video_engine.export.parity.shrink import describe_subset, full_weight_name, shrink_component, shrink_config
 from ttt_video_engine.export.sources.source import Component
@@ -84,7 +86,7 @@ class Gate:
     def _run_reference(self, graph: Graph) -> tuple[Cases, dict[str, list[Tensor]]]:
         """Inputs and the reference's outputs by case. The reference is freed before the graph is loaded."""
         text = self._embedded(graph.length) if graph.component == "transformer" else None
-        reference = self._reference(graph.component, graph.name, graph.length)
+        reference = self._reference(graph.component, graph.whole_name, graph.length)
         cases = random_cases(reference)
         if graph.component == "text_encoder":
             cases["real text"] = [self._prompts(next(iter(self.model.text_lengths)))]
@@ -102,7 +104,7 @@ class Gate:
         """`check`, its tolerance raised to ROUNDING_MARGIN times the rounding of the reference, if it needs that."""
         if check.max_error <= check.tolerance:
             return check
-        exact = self._reference(graph.component, graph.name, graph.length).module.double()
+        exact = self._reference(graph.component, graph.whole_name, graph.length).module.double()
         found = [tensor.numpy() for tensor in expected[check.inputs]]
         outputs = zip(graph.outputs, found, _as_list(exact(*cases[check.inputs])), strict=True)
         rounding = max(_error(graph, check.inputs, output, ours, theirs)[0] for output, ours, theirs in outputs)
@@ -123,7 +125,12 @@ class Gate:
             return
         module = with_placeholder_weights(self._subset(graph.component).build, TORCH_DTYPES[self.dtype])
         graphs = component_graphs(
-            module, self._subset_model, [graph.length], quantize=graph.quantize, op_version=graph.op_version
+            module,
+            self._subset_model,
+            [graph.length],
+            quantize=graph.quantize,
+            op_version=graph.op_version,
+            devices=(graph.devices,) if graph.devices > 1 else (),
         )
         part = _named(graph.name, graphs)
         ranges = {
@@ -140,7 +147,7 @@ class Gate:
     def _compare(
         self, graph: Graph, path: Path, cases: Cases, expected: dict[str, list[Tensor]]
     ) -> Iterator[ParityCheck]:
-        with _open(path, self.dtype) as runner:
+        with _open(path, graph.devices, self.dtype) as runner:
             for name, case in cases.items():
                 feeds = {spec.name: _as_spec(value, spec) for spec, value in zip(runner.inputs, case, strict=True)}
                 found = runner.run(feeds)
@@ -193,21 +200,15 @@ def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @contextmanager
-def _open(path: Path, dtype: DType) -> Iterator[OnnxRuntimeRunner]:
-    signature = read_signature(path)
+def _open(path: Path, devices: int, dtype: DType) -> Iterator[OnnxRuntimeRunner | ShardedRunner]:
     if dtype != "bfloat16":
-        with OnnxRuntimeRunner(path, *signature) as runner:
+        with open_graph(path, devices) as runner:
             yield runner
         return
-    inputs, outputs = (tuple(_as_float32(spec) for spec in specs) for specs in signature)
     with TemporaryDirectory(prefix="ttt-video-parity-") as folder:
         wide = upcast_bfloat16(path, Path(folder) / "model.onnx")
-        with OnnxRuntimeRunner(wide, inputs, outputs) as runner:
+        with open_graph(wide, devices) as runner:
             yield runner
-
-
-def _as_float32(spec: TensorSpec) -> TensorSpec:
-    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 
 def _as_spec(value: Tensor, spec: TensorSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

@@ -6,30 +6,46 @@ from pathlib import Path
 import onnx
 from torch import Tensor, nn
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner, num_cores
+from ttt_video_engine.engines.sharded import ShardedGraphFile, ShardedRunner
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs import ttt_op
+from ttt_video_engine.export.graphs.components import sharded_graph
 from ttt_video_engine.export.graphs.graph import Graph
 from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.runner import Runner
 from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES
 
 
 class OnnxGraphs:
-    """Exports graphs to `folder`, and opens them in ONNX Runtime."""
+    """Exports graphs to `folder`, and opens them in ONNX Runtime: transformers over so many devices."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, devices: int = 1) -> None:
+        self._folder, self._devices = folder, devices
 
-    def open(self, graphs: Sequence[Graph]) -> list[OnnxRuntimeRunner]:
+    def open(self, graphs: Sequence[Graph]) -> Sequence[Runner]:
         """One runner for each graph of a component."""
-        return [_open(path) for path in _export(graphs, self._folder)]
+        if self._devices > 1:
+            graphs = [
+                sharded_graph(graph, self._devices) if graph.component == "transformer" else graph for graph in graphs
+            ]
+        paths = _export(graphs, self._folder)
+        return [open_graph(path, graph.devices) for path, graph in zip(paths, graphs, strict=True)]
 
     def open_scan(self, ttt: TTTKind, scan: nn.Module, inputs: Mapping[str, Tensor]) -> OnnxRuntimeRunner:
         """One TTT node and its body; `scan` is not exported."""
         path = self._folder / "scan.onnx"
         path.write_bytes(_scan_model(ttt, inputs).SerializeToString())
-        return _open(path)
+        return OnnxRuntimeRunner(path, *onnx_graph.read_signature(path))
+
+
+def open_graph(path: Path, devices: int) -> OnnxRuntimeRunner | ShardedRunner:
+    """A graph in this process, or one for several devices in as many processes, which share the cores."""
+    signature = onnx_graph.read_signature(path)
+    if devices == 1:
+        return OnnxRuntimeRunner(path, *signature)
+    return ShardedRunner(ShardedGraphFile(path, *signature, devices, max(1, num_cores() // devices)))
 
 
 def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
@@ -39,10 +55,6 @@ def _export(graphs: Sequence[Graph], folder: Path) -> list[Path]:
     for graph, path in zip(graphs, paths, strict=True):
         onnx_graph.save(onnx_graph.trace(graph), path, weights, graph.ttt)
     return paths
-
-
-def _open(path: Path) -> OnnxRuntimeRunner:
-    return OnnxRuntimeRunner(path, *onnx_graph.read_signature(path))
 
 
 def _scan_model(ttt: TTTKind, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Protocol, TypeVar
@@ -65,11 +66,15 @@ class Comparison:
 
 
 def compare_recordings(
-    folder: Path, on_start: Callable[[str], None] | None = None, engine: EngineName = "onnxruntime"
+    folder: Path,
+    on_start: Callable[[str], None] | None = None,
+    engine: EngineName = "onnxruntime",
+    devices: int = 1,
 ) -> Iterator[Comparison]:
     """Compares every `*.safetensors` in `folder`, in the order of names; calls `on_start` with the name before each.
 
-    ONNX Runtime runs graphs that are exported for it, torch the reference's modules with weights from a file.
+    ONNX Runtime runs graphs that are exported for it, those of transformers for so many devices, each a process; torch
+    the reference's modules with weights from a file.
     Raises CheckpointError immediately if the folder or its recordings are missing, and later for a file that is damaged
     or not a recording; ConfigError for a config that no model can have.
     """
@@ -78,11 +83,11 @@ def compare_recordings(
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not paths:
         raise CheckpointError(f"{folder}: holds no .safetensors; give the folder that holds the recordings")
-    return _compare_all(paths, on_start, engine)
+    return _compare_all(paths, on_start, partial(_engine, engine, devices))
 
 
 def _compare_all(
-    paths: Sequence[Path], on_start: Callable[[str], None] | None, engine: EngineName
+    paths: Sequence[Path], on_start: Callable[[str], None] | None, engine: Callable[[Path], "_Engine"]
 ) -> Iterator[Comparison]:
     for path in paths:
         if on_start is not None:
@@ -91,7 +96,7 @@ def _compare_all(
         kind, compare = _kind(recording)
         with TemporaryDirectory(prefix="ttt-video-parity-") as scratch, torch.no_grad():
             try:
-                reference_error, engine_error = compare(recording, _engine(engine, Path(scratch)))
+                reference_error, engine_error = compare(recording, engine(Path(scratch)))
             except BackendError as error:
                 raise BackendError(f"{path}: {error}") from error
         yield Comparison(path.name, kind, reference_error, engine_error)
@@ -354,5 +359,5 @@ class _Scan(nn.Module):
         return self._scan(*inputs)
 
 
-def _engine(name: EngineName, folder: Path) -> _Engine:
-    return OnnxGraphs(folder) if name == "onnxruntime" else TorchGraphs(folder)
+def _engine(name: EngineName, devices: int, folder: Path) -> _Engine:
+    return OnnxGraphs(folder, devices) if name == "onnxruntime" else TorchGraphs(folder)

@@ -30,6 +30,7 @@ from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.ttt_op import exported_version, num_scans
 
 LENGTHS = ("3s", "9s", "18s", "30s", "63s")
 
@@ -116,7 +117,8 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         del transformer, graph
     inputs, outputs = onnx_graph.read_signature(path)
 
-    config = model.transformer
+    config, version = model.transformer, exported_version(part.dtype)
+    count = num_scans(config, model.clip_size(part.length), version)
     request = BuildRequest(
         graph=name,
         onnx=path,
@@ -127,7 +129,7 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         profiles=profiles(model, [part.length], inputs, name),
         settings=BuildSettings(plugins=part.plugins),
         kernels=folder / "kernels",
-        scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count=2 * part.num_layers),
+        scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count, version),
         weights=weight_bytes,
         workspace=workspace(model, [part.length], part.dtype, name),
     )

@@ -42,7 +42,7 @@ from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import Settings, settings_for
-from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import VERSION, OpVersion, exported_version
 
 WEIGHTS_FILE = "model.onnx_data"
 GRAPH_BYTES = 8 << 20
@@ -110,7 +110,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                op_version(source.model.transformer, options.engines),
+                op_version(source.model.transformer, options.engines, dtype),
             )
             build.check_space(output, options.engines.gpus)
             build.tokenizer()
@@ -310,16 +310,16 @@ class _Build:
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def op_version(model: TransformerConfig, engines: EngineRequest) -> OpVersion:
-    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the body of 2."""
+def op_version(model: TransformerConfig, engines: EngineRequest, dtype: DType) -> OpVersion:
+    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the other bodies."""
     if not engines.gpus or model.ttt_kind is None:
-        return PROJECTIONS_VERSION
+        return exported_version(dtype)
     try:
         for gpu in engines.gpus:
             check_size(model.ttt_kind, gpu, model.mini_batch_size, model.head_dim)
     except NoKernel:
         return VERSION
-    return PROJECTIONS_VERSION if engines.settings.plugins else VERSION
+    return exported_version(dtype) if engines.settings.plugins else VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

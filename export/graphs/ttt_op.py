@@ -1,6 +1,6 @@
 """The TTT scan as an ONNX operator: a node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and its function body.
 
-This is version 1; `projections_op.py` has version 2. The body, an ONNX function of the same name in standard operators,
+This is version 1; `projections_op.py` has version 2, `scan_parts.py` version 3. The body, an ONNX function of the same name in standard operators,
 computes the recurrence of `reference/ttt.py` with few operators per mini-batch. Values that do not depend on the inner
 weights are computed for the whole sequence: targets before the loop, the norm of the outputs after it.
 
@@ -53,7 +53,7 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
 
 def function_body(kind: TTTKind, opset: int, version: OpVersion = VERSION) -> onnx.FunctionProto:
     """The node's function in standard operators. `opset` must be that of the model."""
-    text = {"linear": _LINEAR, "mlp": _MLP}[kind] if version == VERSION else projections_body(kind)
+    text = {"linear": _LINEAR, "mlp": _MLP}[kind] if version == VERSION else projections_body(kind, version)
     function = onnx.parser.parse_function(text)
     function.opset_import.append(onnx.helper.make_opsetid("", opset))
     return function

@@ -1,8 +1,8 @@
 """Builds TensorRT engines for some layers of the 5B transformer, at full width. Needs no GPU.
 
 Prints the time and the peak memory of every step: writing the weights, tracing, and TensorRT's build. With --memory it
-builds one layer for each of several lengths, and two layers for the longest, with the options that `export` takes by
-default, and prints the activations that TensorRT states for each batch beside those that `ttt-video plan` estimates.
+builds one and two layers for each of several lengths, with the options that `export` takes by default, and prints the
+activations that TensorRT states for each batch beside those that `ttt-video plan` estimates.
 """
 
 import argparse
@@ -53,19 +53,15 @@ def main() -> None:
     parser.add_argument("--ttt", choices=["linear", "mlp"], default="linear")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--length", choices=LENGTHS, action="append", help="default: 3s; with --memory all")
-    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--num-layers", type=int, action="append", help="default: 2; with --memory 1 and 2")
     parser.add_argument("--no-plugin", action="store_true")
     parser.add_argument("--memory", action="store_true", help="activations by length, instead of steps")
     options = parser.parse_args()
     common = {"ttt": options.ttt, "gpu": options.gpu, "dtype": options.dtype, "plugins": not options.no_plugin}
     rows: list[list[str]] = []
-    if options.memory:
-        lengths = options.length or LENGTHS
-        slices = [Slice(length=length, num_layers=1, **common) for length in lengths]
-        slices.append(Slice(length=lengths[-1], num_layers=2, **common))
-    else:
-        slices = [Slice(length=length, num_layers=options.num_layers, **common) for length in options.length or ["3s"]]
-    for part in slices:
+    lengths = options.length or (LENGTHS if options.memory else ["3s"])
+    numbers = options.num_layers or ([1, 2] if options.memory else [2])
+    for part in (Slice(length=length, num_layers=number, **common) for number in numbers for length in lengths):
         with tempfile.TemporaryDirectory() as folder:
             steps, entry = build(Path(folder), part)
         rows += memory_rows(part, entry) if options.memory else steps

@@ -311,7 +311,7 @@ class _Build:
 
 
 def op_version(model: TransformerConfig, engines: EngineRequest, dtype: DType) -> OpVersion:
-    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the other bodies."""
+    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 builds no other body."""
     if not engines.gpus or model.ttt_kind is None:
         return exported_version(dtype)
     try:

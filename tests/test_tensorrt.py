@@ -27,7 +27,7 @@ from messages import (
 )
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, read_cubin
+from ttt_video_engine.engines.kernels.cubin import CARRIED_PARTS, read_cubin
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
@@ -57,7 +57,7 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import preset, tiny
-from ttt_video_engine.runtime.ttt_op import VERSION
+from ttt_video_engine.runtime.ttt_op import PART_VERSION, VERSION, num_scans
 
 Run = Callable[..., tuple[int, str, str]]
 WAYS = ("forward", "backward")
@@ -88,7 +88,7 @@ def request(
         dtype=dtype,
         inputs=inputs,
         outputs=outputs,
-        profiles=profiles(tiny("linear"), ["3s"], inputs, graph.name),
+        profiles=profiles(tiny("linear"), [graph.length], inputs, graph.name),
         settings=BuildSettings(plugins=plugins),
         kernels=folder / KERNELS,
         scans=scans,
@@ -113,23 +113,29 @@ def built(request: BuildRequest, folder: Path) -> EngineEntry:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("ttt", ["linear", "mlp"])
-def test_a_transformer_with_plugins_and_without(tmp_path: Path, ttt: TTTKind, dtype: DType) -> None:
+@pytest.mark.parametrize(("ttt", "length", "parts"), [("linear", "3s", 1), ("mlp", "9s", 3)])
+def test_a_transformer_with_plugins_and_without(
+    tmp_path: Path, ttt: TTTKind, length: str, parts: int, dtype: DType
+) -> None:
     model = tiny(ttt)
     config = model.transformer
-    graph = transformer_graph(SeededSource(model, seed=0).transformer().load().to(TORCH_DTYPES[dtype]), model, "3s")
-    scans = Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
+    size, module = model.clip_size(length), SeededSource(model, seed=0).transformer().load().to(TORCH_DTYPES[dtype])
+    graph = transformer_graph(module, model, length)
+    count = num_scans(config, size, PART_VERSION)
+    assert count == 4 * parts
+    scans = Scans(ttt, config.mini_batch_size, config.head_dim, count, PART_VERSION)
     for gpu in GPUS:
         entry = built(request(tmp_path, graph, dtype, gpu, scans=scans), tmp_path)
-        layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in WAYS]
+        ways = [way + number for way in WAYS for number in ("", "2", "3")[:parts]]
+        layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in ways]
         assert sorted(entry.plugins) == sorted(layers) and entry.fallback == ""
         (name,) = set(entry.plugins.values())
         cubins = [read_cubin(tmp_path / KERNELS, name)[0] for name in entry.cubins]
-        assert {cubin.part for cubin in cubins} == set(CHUNK_PARTS) and name in entry.cubins
+        assert {cubin.part for cubin in cubins} == set(CARRIED_PARTS) and name in entry.cubins
         cubin, _ = read_cubin(tmp_path / KERNELS, name)
         assert (cubin.op, cubin.part, cubin.gpu, cubin.dtype) == (ttt, "resume", gpu, dtype)
         assert (cubin.mini_batch_size, cubin.head_dim) == (config.mini_batch_size, config.head_dim)
-        shapes = [(batch, 13, 16, 8, 12) for batch in (1, 2)]
+        shapes = [(batch, size.num_frames, 16, 8, 12) for batch in (1, 2)]
         assert [profile["latents"] for profile in entry.profiles] == [
             ShapeRange(shape, shape, shape) for shape in shapes
         ]
@@ -169,8 +175,10 @@ def test_an_export_writes_the_version_that_its_engines_can_be_built_from() -> No
     odd = replace(model, model_dim=96, num_heads=2)  # heads of 48
     with_plugins = EngineRequest(("sm_89",))
     without = EngineRequest(("sm_89",), BuildSettings(plugins=False))
-    assert [op_version(model, engines) for engines in (with_plugins, without, EngineRequest())] == [2, 1, 2]
-    assert [op_version(odd, engines) for engines in (with_plugins, EngineRequest())] == [1, 2]
+    cases = (with_plugins, without, EngineRequest())
+    assert [op_version(model, engines, "bfloat16") for engines in cases] == [3, 1, 3]
+    assert [op_version(model, engines, "float32") for engines in cases] == [2, 1, 2]
+    assert [op_version(odd, engines, "float16") for engines in (with_plugins, EngineRequest())] == [1, 3]
 
 
 def test_too_little_workspace_is_said_with_its_size(tmp_path: Path) -> None:

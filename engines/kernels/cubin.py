@@ -13,8 +13,8 @@ from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
 KernelPart = Literal["scan", "start", "carry", "prepare", "resume", "finish"]
 """`scan` is version 1 of the operator. The others are versions 2 and 3, which work through a clip in chunks
-(`ttt_chunk.py`): the inner weights become a state, or the state that another part of the clip left is copied; a chunk is
-brought into the order of the scan; the scan goes on from the state; its output is brought back into the order of the
+(`ttt_chunk.py`): the inner weights become a state, or the state that another part of the clip left is copied; a chunk
+is brought into the order of the scan; the scan goes on from the state; its output is brought back into the order of the
 tokens."""
 CHUNK_PARTS: tuple[KernelPart, ...] = ("start", "prepare", "resume", "finish")
 """Of version 2."""

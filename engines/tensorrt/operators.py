@@ -1,7 +1,7 @@
 """The versions of the TTT operator as plugins see them: shapes and dtypes of inputs, workspace, and launches.
 
-Version 1 is one launch of the scan. Versions 2 and 3 work through their tokens in chunks: `engines/kernels/ttt_chunk.py`
-has their kernels and the shapes of a chunk. Shapes as in `runtime/ttt_op.py`.
+Version 1 is one launch of the scan. Versions 2 and 3 work through their tokens in chunks: their kernels and the shapes
+of a chunk are in `engines/kernels/ttt_chunk.py`. Shapes as in `runtime/ttt_op.py`.
 """
 
 from collections.abc import Iterator, Sequence

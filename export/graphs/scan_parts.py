@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def scan_parts(layout: TokenLayout, mini_batch_size: int, *, backward: bool) -> 
     ends = [mini_batches * number // count for number in range(count + 1)]
     return [
         ScanPart(first, end, _runs(layout, first * mini_batch_size, end * mini_batch_size, backward=backward))
-        for first, end in zip(ends, ends[1:], strict=False)
+        for first, end in pairwise(ends)
     ]
 
 
@@ -112,9 +113,7 @@ def _pass(block: SeqModelingBlock, kind: TTTKind, x_BLD: Tensor, layout: TokenLa
     order = scan_order(layout, block.config.mini_batch_size, backward=backward)
     parts = scan_parts(layout, block.config.mini_batch_size, backward=backward)
     logits_BLH = _logits(layer, x_BLD, [run for part in parts for run in part.runs])
-    state: Sequence[Tensor] = [
-        weight.float().expand(x_BLD.shape[0], *weight.shape) for weight in layer.inner_weights()
-    ]
+    state: Sequence[Tensor] = [weight.float().expand(x_BLD.shape[0], *weight.shape) for weight in layer.inner_weights()]
     finished: dict[int, Tensor] = {}
     before = None
     for part in parts:

@@ -1,8 +1,8 @@
 """Builds TensorRT engines for some layers of the 5B transformer, at full width. Needs no GPU.
 
 Prints the time and the peak memory of every step: writing the weights, tracing, and TensorRT's build. With --memory it
-builds one layer for each of several lengths, and two layers for the longest, with the options that `export` takes by
-default, and prints the activations that TensorRT states for each batch beside those that `ttt-video plan` estimates.
+builds one and two layers for each of several lengths, with the options that `export` takes by default, and prints the
+activations that TensorRT states for each batch beside those that `ttt-video plan` estimates.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
+from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, exported_version, num_scans
 
 LENGTHS = ("3s", "9s", "18s", "30s", "63s")
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--ttt", choices=["linear", "mlp"], default="linear")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--length", choices=LENGTHS, action="append", help="default: 3s; with --memory all")
-    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--num-layers", type=int, action="append", help="default: 2; with --memory 1 and 2")
     parser.add_argument("--devices", type=int, default=1, help="that one video runs on")
     parser.add_argument("--no-plugin", action="store_true")
     parser.add_argument("--memory", action="store_true", help="activations by length, instead of steps")
@@ -61,13 +62,9 @@ def main() -> None:
     common = {"ttt": options.ttt, "gpu": options.gpu, "dtype": options.dtype, "plugins": not options.no_plugin}
     common["devices"] = options.devices
     rows: list[list[str]] = []
-    if options.memory:
-        lengths = options.length or LENGTHS
-        slices = [Slice(length=length, num_layers=1, **common) for length in lengths]
-        slices.append(Slice(length=lengths[-1], num_layers=2, **common))
-    else:
-        slices = [Slice(length=length, num_layers=options.num_layers, **common) for length in options.length or ["3s"]]
-    for part in slices:
+    lengths = options.length or (LENGTHS if options.memory else ["3s"])
+    numbers = options.num_layers or ([1, 2] if options.memory else [2])
+    for part in (Slice(length=length, num_layers=number, **common) for number in numbers for length in lengths):
         with tempfile.TemporaryDirectory() as folder:
             steps, entry = build(Path(folder), part)
         rows += memory_rows(part, entry) if options.memory else steps
@@ -125,6 +122,8 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
     inputs, outputs = onnx_graph.read_signature(path)
 
     config = model.transformer
+    version = exported_version(part.dtype) if part.devices == 1 else PROJECTIONS_VERSION
+    count = num_scans(config, model.clip_size(part.length), version)
     request = BuildRequest(
         graph=name,
         onnx=path,
@@ -135,7 +134,7 @@ def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
         profiles=profiles(model, [part.length], inputs, name),
         settings=BuildSettings(plugins=part.plugins),
         kernels=folder / "kernels",
-        scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count=2 * part.num_layers),
+        scans=Scans(part.ttt, config.mini_batch_size, config.head_dim, count, version),
         weights=weight_bytes,
         workspace=workspace(model, [part.length], part.dtype, whole_name),
     )

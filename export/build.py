@@ -43,11 +43,11 @@ from ttt_video_engine.runtime.errors import BundleError
 from ttt_video_engine.runtime.files import check_space, replaceable_path, sha256_of, writing
 from ttt_video_engine.runtime.quantization import Quantization, check_quantization
 from ttt_video_engine.runtime.settings import Settings, settings_for
-from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import VERSION, OpVersion, exported_version
 
 WEIGHTS_FILE = "model.onnx_data"
-GRAPH_BYTES = 8 << 20
-"""Upper bound in bytes for a graph without its weights. The largest graph of the 5B model has 5.1 MB."""
+GRAPH_BYTES = 12 << 20
+"""Upper bound in bytes for a graph without its weights. The largest graph of the 5B model has 6.1 MB."""
 
 
 def _no_progress(phase: str, done: int, total: int) -> None:
@@ -116,7 +116,7 @@ def export_bundle(
                 options.inline,
                 defaults,
                 options.quantize,
-                op_version(source.model.transformer, options.engines),
+                op_version(source.model.transformer, options.engines, dtype),
                 devices,
             )
             build.check_space(output, options.engines.gpus)
@@ -332,16 +332,16 @@ class _Build:
         return "new" if entry is None else ", ".join(key_changes(entry.key, key))
 
 
-def op_version(model: TransformerConfig, engines: EngineRequest) -> OpVersion:
-    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 cannot build the body of 2."""
+def op_version(model: TransformerConfig, engines: EngineRequest, dtype: DType) -> OpVersion:
+    """The version of the TTT nodes: 1 for engines without plugins, as TensorRT-RTX 1.7 builds no other body."""
     if not engines.gpus or model.ttt_kind is None:
-        return PROJECTIONS_VERSION
+        return exported_version(dtype)
     try:
         for gpu in engines.gpus:
             check_size(model.ttt_kind, gpu, model.mini_batch_size, model.head_dim)
     except NoKernel:
         return VERSION
-    return PROJECTIONS_VERSION if engines.settings.plugins else VERSION
+    return exported_version(dtype) if engines.settings.plugins else VERSION
 
 
 def _previous_bundle(output: Path) -> Bundle | None:

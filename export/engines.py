@@ -33,6 +33,7 @@ from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.files import link_or_copy
 from ttt_video_engine.runtime.runner import TensorSpec
+from ttt_video_engine.runtime.ttt_op import exported_version, num_scans
 
 TRANSFORMER_BATCHES = (1, 2)
 """Batches of the transformer, each a profile: with --low-memory the guidance branches run one after the other. One
@@ -213,7 +214,10 @@ def _scans(manifest: Manifest, name: str) -> Scans | None:
     config = manifest.model.transformer
     if name not in {transformer_graph_name(length) for length in manifest.lengths} or config.ttt_kind is None:
         return None
-    return Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
+    (length,) = (length for length in manifest.lengths if transformer_graph_name(length) == name)
+    version = exported_version(manifest.dtype)
+    count = num_scans(config, manifest.model.clip_size(length), version)
+    return Scans(config.ttt_kind, config.mini_batch_size, config.head_dim, count, version)
 
 
 def _key(manifest: Manifest, name: str, gpu: str, settings: BuildSettings) -> Key:

@@ -13,6 +13,7 @@ from ttt_video_engine.engines.tensorrt.memory import GRAPH_RESERVE
 from ttt_video_engine.planning.flops import segment_tokens, vae_convolutions
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
+from ttt_video_engine.runtime.ttt_op import num_scan_parts
 
 FLOAT32 = 4
 
@@ -51,15 +52,14 @@ BUILD_WEIGHTS = 2.0
 """Factor on the weights: the engine that TensorRT builds, and up to nine tenths of the weights once more. The file of
 the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
 `python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
-GPU_STREAMS = {1: 5.6, 2: 6.3}
-"""Live tensors [L, D] of each clip by batch: the residual, what TTT reads, q, k, v and its output. In a batch of two,
-parts of a clip are not contiguous, and some are copied. Fitted to TensorRT-RTX 1.7 at 3 and 9 s:
-`python benchmarks/full_width.py`."""
-GPU_LEAST_STREAMS = {1: 7.0, 2: 7.6}
-"""The least of them with those of attention, at 63 s. That of a batch of two was not measured."""
-GPU_GROUP_STREAMS = 5.3
-"""Tensors of the scenes that attention has at a time: q, k, v, and float32 copies of q and k for their norms. Fitted
-likewise."""
+GPU_STREAMS = {1: 2.35, 2: 2.7}
+"""Live tensors [L, D] of each clip by batch: the residual, what TTT or the MLP reads, and gaps in TensorRT's layout.
+Fitted, with the next two, to TensorRT-RTX 1.7 at 3, 9, 18, 30 and 63 s: `python benchmarks/full_width.py --memory`."""
+GPU_GROUP_STREAMS = {1: 3.2, 2: 7.2}
+"""Tensors of the scenes that attention has at a time: q, k, v, and float32 copies of q and k for their norms."""
+GPU_SCAN_STREAMS = {1: 5.4, 2: 1.9}
+"""Tensors of the tokens that TTT has at a time: what it reads, q, k, v and its output. In a batch of two, more is live
+in attention, of which parts are not contiguous."""
 GPU_PARTS = 7
 """Parts that a layer in half precision is exported in."""
 GPU_SHARDED_STREAMS = 12.5
@@ -201,7 +201,8 @@ def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int,
         scores = 2 * size.num_scenes * config.num_heads * segment_tokens(config, size) ** 2
         return batch * item * (GPU_STREAMS_FLOAT32 * stream + scores)
     group = ceil(size.num_scenes / GPU_PARTS) / size.num_scenes
-    streams = max(GPU_LEAST_STREAMS[batch], GPU_STREAMS[batch] + GPU_GROUP_STREAMS * group)
+    part = 1 / num_scan_parts(size.num_scenes, size.num_tokens(config.patch_size) // config.mini_batch_size)
+    streams = GPU_STREAMS[batch] + GPU_GROUP_STREAMS[batch] * group + GPU_SCAN_STREAMS[batch] * part
     return int(batch * item * stream * streams)
 
 

@@ -1,18 +1,22 @@
 """The custom ONNX operators of the TTT layers: the exporter emits them, plugins and kernels implement them.
 
 Version 1 is the scan alone, of packed heads in the order of the scan. Version 2 takes the projections of the layer, and
-has everything up to the norm of the layer's output; exports write it. TensorRT plugins implement both.
+has everything up to the norm of the layer's output; exports in float32 write it. Version 3 is a part of that scan: it
+also takes the state of the part before and gives its own; exports in half precision write it. TensorRT plugins
+implement all.
 """
 
 from typing import Literal
 
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import ClipSize, TransformerConfig, TTTKind
+from ttt_video_engine.runtime.dtypes import DType
 
-OpVersion = Literal[1, 2]
+OpVersion = Literal[1, 2, 3]
 
 DOMAIN = "ai.ttt"
 VERSION: OpVersion = 1
 PROJECTIONS_VERSION: OpVersion = 2
+PART_VERSION: OpVersion = 3
 COLLECTIVE = "DistCollective"
 """TensorRT's operator between devices, in the same domain. ONNX Runtime has none of its own: `engines/exchange.py`."""
 OP_TYPES: dict[TTTKind, str] = {"linear": "TTTLinear", "mlp": "TTTMLP"}
@@ -37,4 +41,25 @@ rate_scale [], float32, is the learning rate. tokens [NC, CS], int32: the token 
 [NC, CS], int32: the token whose learning rate that place takes. Each token occurs once in either. cos, sin
 [NC, CS, F/2], float32: the rotary embedding of each place, for pairs of neighbouring channels. Norms and inner weights
 are as in version 1.
+
+Version 3 has the same inputs, where L are the tokens of a part of the clip. Inner weights are a state, float32 with the
+batch as their first axis: W1 [B, H, F, F], and so on. Further outputs are the state that the part leaves.
 """
+SCAN_PARTS = 3
+"""Parts of a scan in half precision, at most. q, k and v of one part are in memory at a time."""
+
+
+def num_scan_parts(num_scenes: int, num_mini_batches: int) -> int:
+    """Parts of the scan of a clip in half precision. One scene is short enough to be scanned as a whole."""
+    return min(SCAN_PARTS, num_scenes, num_mini_batches)
+
+
+def exported_version(dtype: DType) -> OpVersion:
+    """The version that an export writes, where nothing demands another one."""
+    return PROJECTIONS_VERSION if dtype == "float32" else PART_VERSION
+
+
+def num_scans(config: TransformerConfig, size: ClipSize, version: OpVersion) -> int:
+    """TTT nodes in the graph of a clip: both directions of each layer, of version 3 in parts."""
+    mini_batches = size.num_tokens(config.patch_size) // config.mini_batch_size
+    return 2 * config.num_layers * (num_scan_parts(size.num_scenes, mini_batches) if version == PART_VERSION else 1)

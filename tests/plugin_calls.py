@@ -11,7 +11,7 @@ from typing import Any, get_args
 import plugin_abi as abi
 
 from ttt_video_engine.engines import cuda
-from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, KernelPart, cubin_name, read_cubin
+from ttt_video_engine.engines.kernels.cubin import CARRIED_PARTS, CHUNK_PARTS, KernelPart, cubin_name, read_cubin
 from ttt_video_engine.engines.tensorrt import operators
 from ttt_video_engine.engines.tensorrt import plugin as plugins
 from ttt_video_engine.engines.tensorrt.package import load_package
@@ -25,8 +25,10 @@ MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
 LAYER = b"layers.0.ttt.forward"
 MOST_ARGUMENTS = 32
 CHUNK_MINI_BATCHES = 2
-"""Of version 2: three chunks, of which the last has one mini-batch."""
-VERSIONS: dict[int, dict[TTTKind, tuple[str, ...]]] = {1: INPUTS, 2: PROJECTIONS_INPUTS}
+"""Of versions 2 and 3: three chunks, of which the last has one mini-batch."""
+VERSIONS: dict[int, dict[TTTKind, tuple[str, ...]]] = {1: INPUTS, 2: PROJECTIONS_INPUTS, 3: PROJECTIONS_INPUTS}
+PARTS: dict[int, tuple[KernelPart, ...]] = {1: ("scan",), 2: CHUNK_PARTS, 3: CARRIED_PARTS}
+STATE = ("W1", "b1", "W2", "b2")
 FLOAT32, INT32 = ("eta", "rate_scale", "cos", "sin"), ("tokens", "rate_tokens")
 
 
@@ -40,6 +42,8 @@ def shapes(op: TTTKind, version: int, batch: int) -> list[tuple[int, ...]]:
     weights = [(HEADS, HEAD_DIM), (HEADS, HEAD_DIM), *inner[op]]
     if version == 1:
         return [clip, clip, clip, clip[:4], *weights]
+    if version == 3:
+        weights = [*weights[:2], *((batch, *shape) for shape in inner[op])]
     table, tokens = (MINI_BATCHES, MINI_BATCH[op]), MINI_BATCHES * MINI_BATCH[op]
     clip, angles = (batch, tokens, HEADS * HEAD_DIM), (*table, HEAD_DIM // 2)
     return [clip, clip, clip, (batch, tokens, HEADS), (), angles, angles, table, table, *weights]
@@ -53,7 +57,10 @@ class Calls:
         self.names = VERSIONS[version][op]
         self.count = len(self.names)
         own = dict.fromkeys(FLOAT32, self.float32) | dict.fromkeys(INT32, self.int32)
+        self.state = [name for name in self.names if name in STATE] if version == 3 else []
+        own |= dict.fromkeys(self.state, self.float32)
         self.dtypes = [own.get(name, self.type) for name in self.names]
+        self.outputs = 1 + len(self.state)
 
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
         return shapes(self.op, self.version, batch)
@@ -64,12 +71,16 @@ class Calls:
         return array(abi.TensorDesc, [abi.tensor_desc(changed.get(name, shape), kind) for name, shape, kind in tensors])
 
     def output(self, batch: int) -> Any:
-        return array(abi.TensorDesc, [abi.tensor_desc(self.shapes(batch)[0], self.type)])
+        return array(abi.TensorDesc, [abi.tensor_desc(shape, kind) for _, shape, kind in self.given(batch)])
+
+    def given(self, batch: int) -> list[tuple[str, tuple[int, ...], int]]:
+        """The output, then the states that version 3 gives: name, shape, dtype."""
+        states = [(name, self.shapes(batch)[self.names.index(name)], self.float32) for name in self.state]
+        return [("XQW", self.shapes(batch)[0], self.type), *states]
 
     def dynamic(self, **changed: tuple[int, ...]) -> Any:
-        """Inputs, then the output, with a batch of 1 to 2."""
-        whole = [*zip(self.names, self.shapes(-1), self.dtypes, strict=True)]
-        tensors = [*whole, ("XQW", whole[0][1], self.type)]
+        """Inputs, then outputs, with a batch of 1 to 2."""
+        tensors = [*zip(self.names, self.shapes(-1), self.dtypes, strict=True), *self.given(-1)]
         return array(
             abi.DynamicTensorDesc, [abi.dynamic_desc(changed.get(name, shape), kind) for name, shape, kind in tensors]
         )
@@ -80,30 +91,36 @@ class Calls:
         found["outputs"] = capability.call("getNbOutputs")
         found["tactics"] = capability.call("getNbTactics")
         found["valid tactics"] = capability.call("getValidTactics", (c_int32 * 1)(), 0)
-        found["workspace"] = capability.call("getWorkspaceSize", both, count, ctypes.pointer(both[count]), 1)
+        outputs = ctypes.pointer(both[count]), self.outputs
+        found["workspace"] = capability.call("getWorkspaceSize", both, count, *outputs)
         found["combinations"] = capability.call("getFormatCombinationLimit")
         found["texts"] = [capability.call(name) for name in ("getTimingCacheID", "getMetadataString")]
-        types = (c_int32 * 1)(-1)
-        status = capability.call("getOutputDataTypes", types, 1, (c_int32 * count)(*self.dtypes), count)
-        found["output type"] = [status, types[0]]
+        types = (c_int32 * self.outputs)(*[-1] * self.outputs)
+        status = capability.call("getOutputDataTypes", types, self.outputs, (c_int32 * count)(*self.dtypes), count)
+        found["output types"] = [status, list(types)]
         found["output shape"] = self.output_shape(capability)
         found["other shape"] = self.output_shape(capability, XV=(*self.shapes(-1)[2][:-1], 1))[0]
-        found["configured"] = capability.call("configurePlugin", both, count, ctypes.pointer(both[count]), 1)
+        found["configured"] = capability.call("configurePlugin", both, count, *outputs)
         other = self.dynamic(W1=(HEADS, 1, 1))
-        found["not configured"] = capability.call("configurePlugin", other, count, ctypes.pointer(other[count]), 1)
+        outputs = ctypes.pointer(other[count]), self.outputs
+        found["not configured"] = capability.call("configurePlugin", other, count, *outputs)
         found["formats"] = self.formats(capability)
         return found
 
     def output_shape(self, capability: abi.Interface, **changed: tuple[int, ...]) -> list[object]:
-        """Status, rank, and which expression of XQ each axis of the output is."""
+        """Status; and for each output its rank, and which expression of the input that it is like each axis is."""
         expressions = abi.Expressions()
         whole = zip(self.names, self.shapes(-1), strict=True)
         inputs = array(abi.DimsExprs, [expressions.exprs(changed.get(name, shape)) for name, shape in whole])
-        outputs = (abi.DimsExprs * 1)()
+        outputs = (abi.DimsExprs * self.outputs)()
         none = (abi.DimsExprs * 1)()
-        status = capability.call("getOutputShapes", inputs, self.count, none, 0, outputs, 1, expressions.builder)
-        clip, found = list(inputs[0].expressions), list(outputs[0].expressions)
-        return [status, outputs[0].count, [clip.index(found[axis]) for axis in range(outputs[0].count)]]
+        arguments = (inputs, self.count, none, 0, outputs, self.outputs, expressions.builder)
+        status = capability.call("getOutputShapes", *arguments)
+        axes = []
+        for place, output in zip([0, *map(self.names.index, self.state)], outputs, strict=True):
+            like, found = list(inputs[place].expressions), list(output.expressions)
+            axes.append([output.count, [like.index(found[axis]) for axis in range(output.count)]])
+        return [status, axes]
 
     def formats(self, capability: abi.Interface) -> dict[str, list[bool]]:
         """By what is changed of it, whether each tensor is accepted after those before it."""
@@ -113,9 +130,9 @@ class Calls:
             tensors[position].desc.format = layout
             if kind is not None:
                 tensors[position].desc.type = kind
-            return bool(capability.call("supportsFormatCombination", position, tensors, self.count, 1))
+            return bool(capability.call("supportsFormatCombination", position, tensors, self.count, self.outputs))
 
-        positions = range(self.count + 1)
+        positions = range(self.count + self.outputs)
         return {
             "same": [ask(position) for position in positions],
             "float32": [ask(position, self.float32) for position in positions],
@@ -124,25 +141,25 @@ class Calls:
         }
 
     def run(self, capability: abi.Interface, folder: Path, dtype: DType, workspace: int) -> dict[str, object]:
-        parts: tuple[KernelPart, ...] = ("scan",) if self.version == 1 else CHUNK_PARTS
         cubins = {}
-        for part in parts:
+        for part in PARTS[self.version]:
             cubin, _ = read_cubin(folder, cubin_name(self.op, GPU, dtype, MINI_BATCH[self.op], HEAD_DIM, part))
             sizes = [4 if parameter.startswith("num_") else 8 for parameter in cubin.parameters]
             driver().fake_expect(cubin.entry.encode(), (c_int32 * len(sizes))(*sizes), len(sizes))
             cubins[cubin.entry] = cubin
         stream = cuda.Stream()
-        tensors = [cuda.DeviceBuffer(64, stream) for _ in range(self.count + 1)]
+        tensors = [cuda.DeviceBuffer(64, stream) for _ in range(self.count + self.outputs)]
         addresses = [tensor.pointer for tensor in tensors]
         room = cuda.DeviceBuffer(max(workspace, 64), stream)
         found: dict[str, object] = {"tactic": capability.call("setTactic", 0), "room": room.pointer}
         descs, output = self.descs(BATCH), self.output(BATCH)
-        found["shape"] = capability.call("onShapeChange", descs, self.count, output, 1)
+        found["shape"] = capability.call("onShapeChange", descs, self.count, output, self.outputs)
         other = self.descs(BATCH, norm_bias=(HEADS, 1))
-        found["other shape"] = capability.call("onShapeChange", other, self.count, output, 1)
+        found["other shape"] = capability.call("onShapeChange", other, self.count, output, self.outputs)
 
         def enqueue(pointers: list[int], batch: int = BATCH) -> int:
-            inputs, outputs = (c_void_p * self.count)(*pointers[:-1]), (c_void_p * 1)(pointers[-1])
+            inputs = (c_void_p * self.count)(*pointers[: self.count])
+            outputs = (c_void_p * self.outputs)(*pointers[self.count :])
             arguments = (self.descs(batch), self.output(batch), inputs, outputs, room.pointer, stream.handle)
             return int(capability.call("enqueue", *arguments))
 
@@ -167,8 +184,8 @@ class Calls:
         """Statuses of onShapeChange and enqueue, and the launches."""
         driver().fake_forget()
         descs, output = self.descs(BATCH), self.output(BATCH)
-        shape = capability.call("onShapeChange", descs, self.count, output, 1)
-        inputs, outputs = (c_void_p * self.count)(*[64] * self.count), (c_void_p * 1)(64)
+        shape = capability.call("onShapeChange", descs, self.count, output, self.outputs)
+        inputs, outputs = (c_void_p * self.count)(*[64] * self.count), (c_void_p * self.outputs)(*[64] * self.outputs)
         status = capability.call("enqueue", descs, output, inputs, outputs, None, cuda.Stream().handle)
         return [shape, status, recorded()]
 
@@ -209,7 +226,7 @@ def main(op: TTTKind, version: int, dtype: DType, folder: Path) -> None:
     cuda.device()
     package = load_package("tensorrt_rtx")
     types = int(package.dtypes[dtype]), int(package.dtypes["float32"]), int(package.api.DataType.INT32)
-    found: dict[str, Any] = {"type": types[0]}
+    found: dict[str, Any] = {"type": types[0], "float32": types[1]}
     with plugins.registered_plugins(package, folder, GPU):
         registry = package.api.get_plugin_registry()
         made = registry.get_creator(OP_TYPES[op], str(version), plugins.NAMESPACE)

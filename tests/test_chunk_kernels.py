@@ -1,4 +1,4 @@
-"""The kernels of version 2 of the TTT operator: in Triton's interpreter, launched as its plugin does; their cubins."""
+"""The kernels of versions 2 and 3 of the TTT operator: in Triton's interpreter, launched as by plugins; cubins."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_video_engine.engines.kernels.compile_chunk import compile_chunk_kernels
-from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, cubin_name, read_cubin
-from ttt_video_engine.export.graphs import projections_op
+from ttt_video_engine.engines.kernels.cubin import CARRIED_PARTS, CHUNK_PARTS, KernelPart, cubin_name, read_cubin
+from ttt_video_engine.export.graphs import projections_op, scan_parts
 from ttt_video_engine.export.parity.recordings import compare_recordings
 from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.rope import rotate
@@ -108,36 +108,64 @@ def test_half_precision_rounds_what_the_scan_reads_once(
     assert error(interpreter.run(kind, inputs, 64), expected.detach()) <= TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_parts_are_the_whole(interpreter: Interpreter, kind: TTTKind) -> None:
+    """The second goes on from the state of the first. The scan of the MLP then changes no bit."""
+    inputs = Clip(kind, (2, 3, 2, 16), 2, patches=10).inputs(torch.float32, backward=True)
+    whole, found = interpreter.run(kind, inputs, ALL), torch.full_like(inputs["XQ"], float("nan"))
+    mini_batches, states = inputs["tokens"].shape[0], WEIGHTS[kind]
+    left = {name: inputs[name].expand(2, *inputs[name].shape).contiguous() for name in states}
+    assert mini_batches > 5
+    for first, end in ((0, 5), (5, mini_batches)):
+        taken = inputs["tokens"][first:end].flatten().long()
+        places = torch.arange(len(taken), dtype=torch.int32).view(end - first, -1)
+        part = inputs | {name: inputs[name][:, taken] for name in ("XQ", "XK", "XV")}
+        part["rate_logits"] = inputs["rate_logits"][:, inputs["rate_tokens"][first:end].flatten().long()]
+        part |= {name: inputs[name][first:end] for name in ("cos", "sin")} | left
+        outputs = interpreter.outputs(kind, part | {"tokens": places, "rate_tokens": places.clone()}, 3, 48)
+        found[:, taken] = outputs["XQW"]
+        left = {name: outputs[name] for name in states}
+    assert torch.equal(found, whole) if kind == "mlp" else error(found, whole) < 2e-5
+
+
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("dit_*")))
 def test_a_transformer_with_them_gives_what_was_recorded(
-    interpreter: Interpreter, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interpreter: Interpreter, name: str, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
-    def run(op: str, tensors: tuple[Tensor, ...], *_: Any, **__: Any) -> Tensor:
+    def outputs(op: str, tensors: tuple[Tensor, ...], *_: Any, **__: Any) -> list[Tensor]:
         (kind,) = (kind for kind, op_type in OP_TYPES.items() if op == f"{DOMAIN}::{op_type}")
         calls.append(kind)
-        return interpreter.run(kind, dict(zip(PROJECTIONS_INPUTS[kind], tensors, strict=True)), 48)
+        inputs = dict(zip(PROJECTIONS_INPUTS[kind], tensors, strict=True))
+        found = interpreter.outputs(kind, inputs, version, 48)
+        return [found[name] for name in ("XQW", *WEIGHTS[kind]) if name in found]
 
     def test_time_training(block: SeqModelingBlock, attended: Tensor, layout: Any) -> Tensor:
         kind = block.config.ttt_kind
         assert kind is not None
-        return projections_op._test_time_training(block, kind, attended, layout)
+        traced = {2: projections_op._test_time_training, 3: scan_parts._test_time_training}[version]
+        return traced(block, kind, attended, layout)
 
-    monkeypatch.setattr(torch.onnx.ops, "symbolic", run)
+    monkeypatch.setattr(torch.onnx.ops, "symbolic", lambda *given, **named: outputs(*given, **named)[0])
+    monkeypatch.setattr(torch.onnx.ops, "symbolic_multi_out", outputs)
     monkeypatch.setattr(SeqModelingBlock, "_test_time_training", test_time_training)
     (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
     (comparison,) = compare_recordings(tmp_path, engine="torch")
-    assert comparison.reference_error < 1e-5 and len(calls) >= 2
+    assert comparison.reference_error < 1e-5
+    assert len(calls) >= (4 if version == 3 and "2scene" in name else 2), "in parts"
 
 
+@pytest.mark.parametrize("parts", [CHUNK_PARTS, CARRIED_PARTS], ids=["version 2", "version 3"])
 @pytest.mark.parametrize(("kind", "mini_batch_size", "dtype"), [("linear", 16, "float16"), ("mlp", 64, "bfloat16")])
-def test_cubins(tmp_path: Path, kind: TTTKind, mini_batch_size: int, dtype: Any) -> None:
-    sizes = {"mini_batch_size": mini_batch_size, "head_dim": 16}
+def test_cubins(tmp_path: Path, kind: TTTKind, mini_batch_size: int, dtype: Any, parts: tuple[KernelPart, ...]) -> None:
+    sizes: dict[str, Any] = {"mini_batch_size": mini_batch_size, "head_dim": 16, "parts": parts}
     cubins = compile_chunk_kernels(kind, gpu="sm_89", dtype=dtype, folder=tmp_path, **sizes)
-    assert tuple(cubin.part for cubin in cubins) == CHUNK_PARTS and dtype in DTYPES
+    assert tuple(cubin.part for cubin in cubins) == parts and dtype in DTYPES
     for cubin in cubins:
         found, code = read_cubin(tmp_path, cubin_name(kind, "sm_89", dtype, mini_batch_size, 16, cubin.part))
         assert found == cubin and code[:4] == b"\x7fELF"
-        assert cubin.entry == (f"ttt_{kind}" if cubin.part == "resume" else f"ttt_{cubin.part}")
+        entries = {"resume": f"ttt_{kind}", "carry": "ttt_start"}
+        assert cubin.entry == entries.get(cubin.part, f"ttt_{cubin.part}")
         assert cubin.part == "resume" or (cubin.spills, cubin.shared_memory) == (0, 0), "they only read and write"

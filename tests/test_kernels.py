@@ -51,12 +51,16 @@ class Interpreter:
 
     def run(self, op: TTTKind, inputs: Mapping[str, Tensor], chunk: int | None = None) -> Tensor:
         """The output of version 1, or with `chunk`, the most tokens of a chunk, that of version 2."""
+        return self.outputs(op, inputs, 1 if chunk is None else 2, chunk or 0)["XQW"]
+
+    def outputs(self, op: TTTKind, inputs: Mapping[str, Tensor], version: int, chunk: int) -> dict[str, Tensor]:
+        """All outputs of a version; those of version 3 also have the inner weights, by their names."""
         assert self._process.stdin is not None and self._process.stdout is not None
         save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, self._source)
-        self._process.stdin.write(f"{op}\n" if chunk is None else f"{op} {chunk}\n")
+        self._process.stdin.write(f"{op} {version} {chunk}\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline() == "done\n"
-        return load_file(self._target)["XQW"]
+        return load_file(self._target)
 
     def close(self) -> None:
         self._process.communicate()

@@ -1,4 +1,4 @@
-"""Version 2 of the TTT operator, its function body in ONNX Runtime, against the layer of the reference."""
+"""Versions 2 and 3 of the TTT operator, their function bodies in ONNX Runtime, against the layer of the reference."""
 
 import functools
 from collections import Counter
@@ -25,12 +25,20 @@ from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.ttt_layer import TTTLayer, TTTWrapper
 from ttt_video_engine.runtime.config import TransformerConfig, TTTKind
 from ttt_video_engine.runtime.presets import tiny
-from ttt_video_engine.runtime.ttt_op import DOMAIN, OP_TYPES, PROJECTIONS_INPUTS, PROJECTIONS_VERSION
+from ttt_video_engine.runtime.ttt_op import (
+    DOMAIN,
+    OP_TYPES,
+    PART_VERSION,
+    PROJECTIONS_INPUTS,
+    PROJECTIONS_VERSION,
+    OpVersion,
+)
 
 Array = NDArray[np.float64]
 
 KINDS: tuple[TTTKind, ...] = ("linear", "mlp")
 DTYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
+STATES: dict[TTTKind, tuple[str, ...]] = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
 OLD_GRAPH = Path(__file__).parent / "operator_version_1.graph"
 """A transformer of one layer with its weights, as the exporter wrote it when there was only version 1."""
 
@@ -91,22 +99,31 @@ class Clip:
 
 
 @functools.cache
-def session(kind: TTTKind, dtype: torch.dtype) -> ort.InferenceSession:
+def session(kind: TTTKind, dtype: torch.dtype, version: OpVersion = PROJECTIONS_VERSION) -> ort.InferenceSession:
     """One node with its body; all sizes are free, so one session takes every draw."""
     ranks = dict.fromkeys(PROJECTIONS_INPUTS[kind], 3) | dict.fromkeys(("tokens", "rate_tokens"), 2)
     ranks |= {"rate_scale": 0, "norm_weight": 2, "norm_bias": 2}
+    ranks |= dict.fromkeys(STATES[kind], 4) if version == PART_VERSION else {}
     types = dict.fromkeys(ranks, DTYPES[dtype]) | dict.fromkeys(("tokens", "rate_tokens"), onnx.TensorProto.INT32)
     types |= dict.fromkeys(("rate_scale", "cos", "sin"), onnx.TensorProto.FLOAT)
+    types |= dict.fromkeys(STATES[kind], onnx.TensorProto.FLOAT) if version == PART_VERSION else {}
     values = [
         onnx.helper.make_tensor_value_info(name, types[name], [f"{name}_{axis}" for axis in range(rank)])
         for name, rank in ranks.items()
     ]
-    output = onnx.helper.make_tensor_value_info("XQW", DTYPES[dtype], ["a", "b", "c"])
-    node = onnx.helper.make_node(OP_TYPES[kind], list(ranks), ["XQW"], domain=DOMAIN)
+    outputs = [onnx.helper.make_tensor_value_info("XQW", DTYPES[dtype], ["a", "b", "c"])]
+    outputs += [
+        onnx.helper.make_tensor_value_info(
+            f"{name}_left", onnx.TensorProto.FLOAT, [f"{name}_{axis}" for axis in "abcd"]
+        )
+        for name in STATES[kind]
+        if version == PART_VERSION
+    ]
+    node = onnx.helper.make_node(OP_TYPES[kind], list(ranks), [value.name for value in outputs], domain=DOMAIN)
     model = onnx.helper.make_model_gen_version(
-        onnx.helper.make_graph([node], "layer", values, [output]), opset_imports=[onnx.helper.make_opsetid("", OPSET)]
+        onnx.helper.make_graph([node], "layer", values, outputs), opset_imports=[onnx.helper.make_opsetid("", OPSET)]
     )
-    add_function_body(model, kind, PROJECTIONS_VERSION)
+    add_function_body(model, kind, version)
     onnx.checker.check_model(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -176,9 +193,11 @@ def test_nothing_divides_by_zero(kind: TTTKind, change: Callable[[dict[str, Tens
     assert np.isfinite(run(kind, inputs)).all()
 
 
+@pytest.mark.parametrize("version", [PROJECTIONS_VERSION, PART_VERSION])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_body_is_of_standard_operators(kind: TTTKind) -> None:
-    function = function_body(kind, OPSET, PROJECTIONS_VERSION)
+def test_the_body_is_of_standard_operators(kind: TTTKind, version: OpVersion) -> None:
+    function = function_body(kind, OPSET, version)
+    assert len(function.output) == 1 + (len(STATES[kind]) if version == PART_VERSION else 0)
     assert [entry.domain for entry in function.opset_import] == [""]
     assert {node.domain for node in function.node} == {""}
     assert tuple(function.input) == PROJECTIONS_INPUTS[kind]

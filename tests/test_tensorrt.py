@@ -26,7 +26,7 @@ from messages import (
 )
 from msgspec.structs import replace
 
-from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, read_cubin
+from ttt_video_engine.engines.kernels.cubin import CARRIED_PARTS, read_cubin
 from ttt_video_engine.engines.tensorrt.builder import BuildRequest, Scans, build_engine
 from ttt_video_engine.engines.tensorrt.engine import (
     FOLDER,
@@ -55,7 +55,7 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.presets import preset, tiny
-from ttt_video_engine.runtime.ttt_op import VERSION
+from ttt_video_engine.runtime.ttt_op import PART_VERSION, VERSION, num_scans
 
 Run = Callable[..., tuple[int, str, str]]
 WAYS = ("forward", "backward")
@@ -86,7 +86,7 @@ def request(
         dtype=dtype,
         inputs=inputs,
         outputs=outputs,
-        profiles=profiles(tiny("linear"), ["3s"], inputs, graph.name),
+        profiles=profiles(tiny("linear"), [graph.length], inputs, graph.name),
         settings=BuildSettings(plugins=plugins),
         kernels=folder / KERNELS,
         scans=scans,
@@ -110,36 +110,42 @@ def built(request: BuildRequest, folder: Path) -> EngineEntry:
     return entry
 
 
-def tiny_transformer(ttt: TTTKind, dtype: DType) -> tuple[Graph, Scans]:
+def tiny_transformer(ttt: TTTKind, dtype: DType, length: str) -> tuple[Graph, Scans]:
     model = tiny(ttt)
     config = model.transformer
     module = SeededSource(model, seed=0).transformer().load().to(TORCH_DTYPES[dtype])
-    scans = Scans(ttt, config.mini_batch_size, config.head_dim, count=2 * config.num_layers)
-    return transformer_graph(module, model, "3s"), scans
+    count = num_scans(config, model.clip_size(length), PART_VERSION)
+    scans = Scans(ttt, config.mini_batch_size, config.head_dim, count, PART_VERSION)
+    return transformer_graph(module, model, length), scans
 
 
 @pytest.mark.parametrize(
-    ("ttt", "dtype", "gpu"),
+    ("ttt", "dtype", "gpu", "length", "parts"),
     [
-        ("linear", "float16", "sm_89"),
-        ("linear", "bfloat16", "sm_120"),
-        ("mlp", "float16", "sm_120"),
-        ("mlp", "bfloat16", "sm_89"),
+        ("linear", "float16", "sm_89", "3s", 1),
+        ("linear", "bfloat16", "sm_120", "3s", 1),
+        ("mlp", "float16", "sm_120", "9s", 3),
+        ("mlp", "bfloat16", "sm_89", "9s", 3),
     ],
 )
-def test_a_transformer_with_plugins(tmp_path: Path, ttt: TTTKind, dtype: DType, gpu: str) -> None:
+def test_a_transformer_with_plugins(
+    tmp_path: Path, ttt: TTTKind, dtype: DType, gpu: str, length: str, parts: int
+) -> None:
     """Any two of kind, dtype and GPU meet once."""
-    graph, scans = tiny_transformer(ttt, dtype)
+    graph, scans = tiny_transformer(ttt, dtype, length)
+    assert scans.count == 4 * parts
     entry = built(request(tmp_path, graph, dtype, gpu, scans=scans), tmp_path)
-    layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in WAYS]
+    ways = [way + number for way in WAYS for number in ("", "2", "3")[:parts]]
+    layers = [f"transformer.layers.{i}.seq_modeling_block.ssm.ttt.{way}" for i in (0, 1) for way in ways]
     assert sorted(entry.plugins) == sorted(layers) and entry.fallback == ""
     (name,) = set(entry.plugins.values())
     cubins = [read_cubin(tmp_path / KERNELS, name)[0] for name in entry.cubins]
-    assert {cubin.part for cubin in cubins} == set(CHUNK_PARTS) and name in entry.cubins
+    assert {cubin.part for cubin in cubins} == set(CARRIED_PARTS) and name in entry.cubins
     cubin, _ = read_cubin(tmp_path / KERNELS, name)
     assert (cubin.op, cubin.part, cubin.gpu, cubin.dtype) == (ttt, "resume", gpu, dtype)
     assert (cubin.mini_batch_size, cubin.head_dim) == (scans.mini_batch_size, scans.head_dim)
-    shapes = [(batch, 13, 16, 8, 12) for batch in (1, 2)]
+    frames = tiny(ttt).clip_size(length).num_frames
+    shapes = [(batch, frames, 16, 8, 12) for batch in (1, 2)]
     assert [profile["latents"] for profile in entry.profiles] == [ShapeRange(shape, shape, shape) for shape in shapes]
     one, both = entry.activations
     assert one < both, "half, but for what a model of this size needs at any batch"
@@ -147,7 +153,7 @@ def test_a_transformer_with_plugins(tmp_path: Path, ttt: TTTKind, dtype: DType, 
 
 @pytest.mark.parametrize(("ttt", "dtype", "gpu"), [("linear", "bfloat16", "sm_89"), ("mlp", "float16", "sm_120")])
 def test_a_transformer_without_plugins(tmp_path: Path, ttt: TTTKind, dtype: DType, gpu: str) -> None:
-    graph, scans = tiny_transformer(ttt, dtype)
+    graph, scans = tiny_transformer(ttt, dtype, "3s")
     first = dataclasses.replace(graph, op_version=VERSION)
     entry = built(request(tmp_path, first, dtype, gpu, scans=scans, plugins=False), tmp_path)
     assert entry.plugins == {} and holds(entry.fallback, "--no-plugin")
@@ -181,8 +187,10 @@ def test_an_export_writes_the_version_that_its_engines_can_be_built_from() -> No
     odd = replace(model, model_dim=96, num_heads=2)  # heads of 48
     with_plugins = EngineRequest(("sm_89",))
     without = EngineRequest(("sm_89",), BuildSettings(plugins=False))
-    assert [op_version(model, engines) for engines in (with_plugins, without, EngineRequest())] == [2, 1, 2]
-    assert [op_version(odd, engines) for engines in (with_plugins, EngineRequest())] == [1, 2]
+    cases = (with_plugins, without, EngineRequest())
+    assert [op_version(model, engines, "bfloat16") for engines in cases] == [3, 1, 3]
+    assert [op_version(model, engines, "float32") for engines in cases] == [2, 1, 2]
+    assert [op_version(odd, engines, "float16") for engines in (with_plugins, EngineRequest())] == [1, 3]
 
 
 def test_too_little_workspace_is_said_with_its_size(tmp_path: Path) -> None:

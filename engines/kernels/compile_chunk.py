@@ -1,6 +1,7 @@
-"""Compiles the kernels of either version of the TTT operator; version 2 works through a clip in chunks."""
+"""Compiles the kernels of each version of the TTT operator; versions 2 and 3 work through a clip in chunks."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ttt_video_engine.engines.kernels.compile import (
     source_digest,
     write_cubin,
 )
-from ttt_video_engine.engines.kernels.cubin import CHUNK_PARTS, Cubin, KernelPart, cubin_name
+from ttt_video_engine.engines.kernels.cubin import CARRIED_PARTS, CHUNK_PARTS, Cubin, KernelPart, cubin_name
 from ttt_video_engine.engines.kernels.sizes import check_size
 from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
@@ -29,17 +30,26 @@ WARPS = 4
 
 
 def compile_chunk_kernels(
-    op: TTTKind, *, gpu: str, dtype: DType, mini_batch_size: int, head_dim: int, folder: Path
+    op: TTTKind,
+    *,
+    gpu: str,
+    dtype: DType,
+    mini_batch_size: int,
+    head_dim: int,
+    folder: Path,
+    parts: tuple[KernelPart, ...] = CHUNK_PARTS,
 ) -> tuple[Cubin, ...]:
-    """Like `compile_kernel`, for all parts of version 2, in the order of `CHUNK_PARTS`."""
+    """Like `compile_kernel`, for the parts of version 2 or 3, in their order."""
     check_size(op, gpu, mini_batch_size, head_dim)
     sizes = {"op": op, "gpu": gpu, "dtype": dtype, "mini_batch_size": mini_batch_size, "head_dim": head_dim}
     cubins = []
-    for part in CHUNK_PARTS:
+    for part in parts:
         kernel, values = _kernel(op, part, dtype, mini_batch_size, head_dim)
         types = argument_types(kernel, values, dtype)
         if part == "resume":
             types |= {name: "*fp32" for name in STATE if name in types}
+        if part == "carry":
+            types |= {"weights": "*fp32"}
         warps = num_warps(op, head_dim) if part == "resume" else WARPS
         compiled = assemble(kernel, types, values, gpu=gpu, num_warps=warps)
         name = cubin_name(op, gpu, dtype, mini_batch_size, head_dim, part)
@@ -54,7 +64,7 @@ def _kernel(
     """A part's kernel and its compile-time arguments."""
     if part == "resume":
         return KERNELS[op], {**constants(op, dtype, mini_batch_size, head_dim), "RESUMED": True}
-    if part == "start":
+    if part in ("start", "carry"):
         return ttt_chunk.ttt_start, {"SIZE": START_SIZE}
     kernel = ttt_chunk.ttt_prepare if part == "prepare" else ttt_chunk.ttt_finish
     return kernel, {"C": mini_batch_size, "F": head_dim}
@@ -67,5 +77,9 @@ def _compile_scan(
     return (compile_kernel(op, gpu=gpu, dtype=dtype, folder=folder, **sizes),)
 
 
-KERNELS_OF_VERSION: dict[OpVersion, Callable[..., tuple[Cubin, ...]]] = {1: _compile_scan, 2: compile_chunk_kernels}
+KERNELS_OF_VERSION: dict[OpVersion, Callable[..., tuple[Cubin, ...]]] = {
+    1: _compile_scan,
+    2: compile_chunk_kernels,
+    3: partial(compile_chunk_kernels, parts=CARRIED_PARTS),
+}
 """What compiles all kernels of a version."""

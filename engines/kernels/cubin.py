@@ -11,11 +11,15 @@ from ttt_video_engine.runtime.config import TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.errors import BackendError, export_for_gpu
 
-KernelPart = Literal["scan", "start", "prepare", "resume", "finish"]
-"""`scan` is version 1 of the operator. The others are version 2, which works through a clip in chunks (`ttt_chunk.py`):
-the inner weights become a state; a chunk is brought into the order of the scan; the scan goes on from the state; its
-output is brought back into the order of the tokens."""
+KernelPart = Literal["scan", "start", "carry", "prepare", "resume", "finish"]
+"""`scan` is version 1 of the operator. The others are versions 2 and 3, which work through a clip in chunks
+(`ttt_chunk.py`): the inner weights become a state, or the state that another part of the clip left is copied; a chunk
+is brought into the order of the scan; the scan goes on from the state; its output is brought back into the order of the
+tokens."""
 CHUNK_PARTS: tuple[KernelPart, ...] = ("start", "prepare", "resume", "finish")
+"""Of version 2."""
+CARRIED_PARTS: tuple[KernelPart, ...] = ("carry", "prepare", "resume", "finish")
+"""Of version 3."""
 
 
 class Cubin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,8 +1,9 @@
-"""The kernels around the scan that version 2 of the TTT operator needs. It works through a clip in chunks.
+"""The kernels around the scan that versions 2 and 3 of the TTT operator need. They work through a clip in chunks.
 
-`ttt_start` copies the inner weights into a state in float32, one for each batch element. For each chunk of G
-mini-batches, `ttt_prepare` brings q, k, targets and learning rates into the order of the scan, the scan goes on from
-the state and leaves it, and `ttt_finish` brings its output back into the order of the tokens.
+`ttt_start` copies the inner weights into a state in float32, one for each batch element. Compiled for float32, and with
+as many heads as programs, it copies a state. For each chunk of G mini-batches, `ttt_prepare` brings q, k, targets and
+learning rates into the order of the scan, the scan goes on from the state and leaves it, and `ttt_finish` brings its
+output back into the order of the tokens.
 
 Tensors are contiguous, in the shapes of `runtime/ttt_op.py`: tokens [B, L, D] with D = H·F channels, tables [N, C] of
 the whole clip. Those of a chunk are those of the scan with G for N: q, k, v, out [B, H, G, C, F], eta [B, H, G, C].

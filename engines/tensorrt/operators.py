@@ -1,7 +1,7 @@
-"""The two versions of the TTT operator as plugins see them: shapes and dtypes of inputs, workspace, and launches.
+"""The versions of the TTT operator as plugins see them: shapes and dtypes of inputs, workspace, and launches.
 
-Version 1 is one launch of the scan. Version 2 works through the clip in chunks: `engines/kernels/ttt_chunk.py` has its
-kernels and the shapes of a chunk. Shapes as in `runtime/ttt_op.py`.
+Version 1 is one launch of the scan. Versions 2 and 3 work through their tokens in chunks: their kernels and the shapes
+of a chunk are in `engines/kernels/ttt_chunk.py`. Shapes as in `runtime/ttt_op.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,17 @@ OwnDType = Literal["float32", "int32"]
 
 @dataclass(frozen=True)
 class Call:
-    """What TensorRT passes to a plugin to run: dtype of XQ, shapes of the inputs, addresses."""
+    """What TensorRT passes to a plugin to run: dtype of XQ, shapes of the inputs, addresses.
+
+    `left` are the outputs behind the first.
+    """
 
     dtype: DType
     shapes: Shapes
     inputs: Sequence[int]
     output: int
     workspace: int
+    left: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Launch:
 
 
 class Operator(Protocol):
-    """A version of the operator, of one kind. Its output has the shape and dtype of its first input."""
+    """A version of the operator, of one kind. Its first output has the shape and dtype of its first input."""
 
     @property
     def op(self) -> TTTKind: ...
@@ -57,6 +61,9 @@ class Operator(Protocol):
 
     def dtypes(self) -> Sequence[OwnDType | None]:
         """Of each input; None for that of XQ."""
+
+    def carried(self) -> Sequence[int]:
+        """For each further output, the input of which it has shape and dtype."""
 
     def check(self, layer: str, shapes: Shapes) -> None:
         """Raises BackendError that names the operator, the layer and the first input with a wrong shape.
@@ -83,6 +90,9 @@ class ScanOperator:
 
     def dtypes(self) -> Sequence[OwnDType | None]:
         return ["float32" if name == "eta" else None for name in ttt_op.INPUTS[self.op]]
+
+    def carried(self) -> Sequence[int]:
+        return ()
 
     def check(self, layer: str, shapes: Shapes) -> None:
         names = ttt_op.INPUTS[self.op]
@@ -116,6 +126,9 @@ class ProjectionsOperator:
         own |= {"tokens": "int32", "rate_tokens": "int32"}
         return [own.get(name) for name in ttt_op.PROJECTIONS_INPUTS[self.op]]
 
+    def carried(self) -> Sequence[int]:
+        return ()
+
     def check(self, layer: str, shapes: Shapes) -> None:
         names = ttt_op.PROJECTIONS_INPUTS[self.op]
         where = _check_count(self.op, layer, names, shapes)
@@ -127,8 +140,13 @@ class ProjectionsOperator:
         tokens = prod(order) if min(order) >= 0 else -1
         clip, angles = (batch, tokens, heads * head_dim), (*order, head_dim // 2)
         tables = [(), angles, angles, order, order]
-        expected = [clip, clip, clip, (batch, tokens, heads), *tables, *_weights(self.op, heads, head_dim)]
+        weights = self._inner(batch, _weights(self.op, heads, head_dim))
+        expected = [clip, clip, clip, (batch, tokens, heads), *tables, *weights]
         _check_each(where, names, shapes, expected)
+
+    def _inner(self, batch: int, shapes: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        """Shapes of the norm and the inner weights, of those without a batch axis."""
+        return shapes
 
     def scan_size(self, shapes: Shapes) -> tuple[int, int]:
         sizes = self._sizes(shapes)
@@ -140,13 +158,17 @@ class ProjectionsOperator:
 
     def launches(self, call: Call) -> Iterator[Launch]:
         sizes = self._sizes(call.shapes)
-        programs, first_weight = sizes.batch * sizes.heads, len(call.inputs) - len(sizes.weights)
-        prepared, weights = call.inputs[:first_weight], call.inputs[first_weight:]
-        tokens = call.inputs[ttt_op.PROJECTIONS_INPUTS[self.op].index("tokens")]
-        places = list(_places(call.workspace, (*sizes.chunk_bytes(call.dtype), *sizes.state_bytes())))
-        (q, k, v, out, eta), states = places[:5], places[5:]
+        states = list(_places(call.workspace, (*sizes.chunk_bytes(call.dtype), *sizes.state_bytes())))[5:]
+        weights = call.inputs[len(call.inputs) - len(sizes.weights) :]
         for weight, state, count in zip(weights, states, sizes.weights, strict=True):
-            yield Launch("start", programs, (weight, state), (sizes.heads, count))
+            yield Launch("start", sizes.batch * sizes.heads, (weight, state), (sizes.heads, count))
+        yield from self._chunks(call, sizes, states)
+
+    def _chunks(self, call: Call, sizes: "_Sizes", states: Sequence[int]) -> Iterator[Launch]:
+        """The scan, from the states at these addresses, which it changes."""
+        programs, prepared = sizes.batch * sizes.heads, call.inputs[: len(call.inputs) - len(states)]
+        tokens = call.inputs[ttt_op.PROJECTIONS_INPUTS[self.op].index("tokens")]
+        q, k, v, out, eta = _places(call.workspace, sizes.chunk_bytes(call.dtype))
         for before in range(0, sizes.num_mini_batches, sizes.chunk):
             count = min(sizes.chunk, sizes.num_mini_batches - before)
             around = (sizes.heads, sizes.num_mini_batches * sizes.mini_batch_size, before, count)
@@ -163,8 +185,37 @@ class ProjectionsOperator:
 
 
 @dataclass(frozen=True)
+class PartOperator(ProjectionsOperator):
+    """Version 3. Its outputs are where the scan keeps the state."""
+
+    version: ttt_op.OpVersion = ttt_op.PART_VERSION
+
+    def dtypes(self) -> Sequence[OwnDType | None]:
+        shared = super().dtypes()
+        carried = self.carried()
+        return ["float32" if place in carried else own for place, own in enumerate(shared)]
+
+    def carried(self) -> Sequence[int]:
+        names = ttt_op.PROJECTIONS_INPUTS[self.op]
+        return range(names.index("W1"), len(names))
+
+    def _inner(self, batch: int, shapes: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        return [*shapes[:2], *((batch, *shape) for shape in shapes[2:])]
+
+    def workspace(self, dtype: DType, shapes: Shapes) -> int:
+        return sum(map(_aligned, self._sizes(shapes).chunk_bytes(dtype)))
+
+    def launches(self, call: Call) -> Iterator[Launch]:
+        sizes = self._sizes(call.shapes)
+        programs = sizes.batch * sizes.heads
+        for place, state, count in zip(self.carried(), call.left, sizes.weights, strict=True):
+            yield Launch("carry", programs, (call.inputs[place], state), (programs, count))
+        yield from self._chunks(call, sizes, call.left)
+
+
+@dataclass(frozen=True)
 class _Sizes:
-    """Of a call of version 2. `weights` are the values of each inner weight for one head."""
+    """Of a call of version 2 or 3. `weights` are the values of each inner weight for one head."""
 
     batch: int
     num_mini_batches: int

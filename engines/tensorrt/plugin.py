@@ -12,7 +12,7 @@ from typing import Any
 
 from ttt_video_engine.engines.kernels.cubin import cubin_name, read_cubin
 from ttt_video_engine.engines.kernels.launch import LoadedKernel
-from ttt_video_engine.engines.tensorrt.operators import Call, Operator, ProjectionsOperator, ScanOperator
+from ttt_video_engine.engines.tensorrt.operators import Call, Operator, PartOperator, ProjectionsOperator, ScanOperator
 from ttt_video_engine.engines.tensorrt.package import TensorRT
 from ttt_video_engine.runtime import ttt_op
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
@@ -20,7 +20,7 @@ from ttt_video_engine.runtime.errors import BackendError
 
 NAMESPACE = ttt_op.DOMAIN
 OPERATORS: tuple[Operator, ...] = tuple(
-    version(op) for op in ttt_op.OP_TYPES for version in (ScanOperator, ProjectionsOperator)
+    version(op) for op in ttt_op.OP_TYPES for version in (ScanOperator, ProjectionsOperator, PartOperator)
 )
 
 
@@ -83,14 +83,15 @@ def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> A
     op_type, version = ttt_op.OP_TYPES[operator.op], str(operator.version)
     activations: dict[Any, DType] = {package.dtypes[name]: name for name in ITEM_BYTES}
     own_types = {None: None, "float32": api.DataType.FLOAT, "int32": api.DataType.INT32}
-    types = [*(own_types[name] for name in operator.dtypes()), None]  # None: that of the first input
+    inputs_own, carried = [own_types[name] for name in operator.dtypes()], operator.carried()
+    types = [*inputs_own, None, *(inputs_own[place] for place in carried)]  # None: that of the first input
 
     class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):  # type: ignore[misc]
         def __init__(self, layer: str) -> None:
             for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = op_type, version, NAMESPACE
-            self.num_outputs = 1
+            self.num_outputs = 1 + len(carried)
             self.layer = layer
             # None: sizes follow from the shapes, and the cubin is in the bundle. In the type of C++: another would be
             # converted to a temporary object, which the binding refuses where TensorRT calls outside of a Python call.
@@ -103,7 +104,7 @@ def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> A
             return Plugin(self.layer)
 
         def get_output_data_types(self, inputs: list[Any]) -> list[Any]:
-            return [inputs[0]]
+            return [inputs[0], *(inputs[place] for place in carried)]
 
         def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], expressions: Any) -> list[Any]:
             sizes = [
@@ -111,7 +112,7 @@ def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> A
                 for dims in inputs
             ]
             operator.check(self.layer, sizes)
-            return [api.DimsExprs(inputs[0])]
+            return [api.DimsExprs(inputs[place]) for place in (0, *carried)]
 
         def supports_format_combination(self, position: int, tensors: list[Any], num_inputs: int) -> bool:
             tensor = tensors[position].desc
@@ -149,7 +150,7 @@ def _plugin_class(package: TensorRT, operator: Operator, kernels: _Kernels) -> A
             stream: int,
         ) -> None:
             shapes = [tuple(tensor.dims) for tensor in inputs_desc]
-            call = Call(activations[inputs_desc[0].type], shapes, inputs, outputs[0], workspace)
+            call = Call(activations[inputs_desc[0].type], shapes, inputs, outputs[0], workspace, outputs[1:])
             size = operator.scan_size(shapes)
             for launch in operator.launches(call):
                 name = cubin_name(operator.op, kernels.gpu, call.dtype, *size, launch.part)

@@ -32,7 +32,7 @@ from ttt_video_engine.runtime.bundle import (
 )
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig
 from ttt_video_engine.runtime.quantization import Quantization
-from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import PART_VERSION, PROJECTIONS_VERSION, OpVersion
 
 
 def component_graphs(
@@ -42,13 +42,13 @@ def component_graphs(
     *,
     inline: bool = False,
     quantize: Quantization = "none",
-    op_version: OpVersion = PROJECTIONS_VERSION,
+    op_version: OpVersion | None = None,
     devices: Sequence[int] = (),
 ) -> list[Graph]:
     """All graphs of a component; the transformer has one for each of `lengths`, and one more for each of `devices`,
     which always has version 2 of the operator.
 
-    The other keyword arguments are as in Graph.
+    The other keyword arguments are as in Graph. Without `op_version`, it is the one that suits the module's dtype.
     """
     if isinstance(module, TextEncoder):
         return [text_encoder_graph(module, vocab_size=model.text_encoder.vocab_size)]
@@ -56,7 +56,7 @@ def component_graphs(
         graphs = [transformer_graph(module, model, length) for length in lengths]
         graphs = [replace(graph, inline=inline, quantize=quantize) for graph in graphs]
         sharded = [sharded_graph(graph, number) for graph in graphs for number in devices]
-        return [*(replace(graph, op_version=op_version) for graph in graphs), *sharded]
+        return [*(replace(graph, op_version=op_version or graph.op_version) for graph in graphs), *sharded]
     if isinstance(module, VaeDecoder):
         factor = model.vae.spatial_factor
         return [*vae_graphs(module, height=model.height // factor, width=model.width // factor)]
@@ -97,6 +97,7 @@ def transformer_graph(transformer: DiffusionTransformer, model: ModelConfig, len
         ttt=model.transformer.ttt_kind,
         length=length,
         layers="transformer.layers",
+        op_version=PROJECTIONS_VERSION if _dtype(transformer) == torch.float32 else PART_VERSION,
     )
 
 
@@ -109,6 +110,7 @@ def sharded_graph(graph: Graph, devices: int) -> Graph:
         module=ShardedTransformerGraph(graph.module.transformer, devices),  # type: ignore[arg-type]  # it is one
         inputs=(*graph.inputs, Input(RANK, torch.zeros(1, dtype=torch.int64), {})),
         devices=devices,
+        op_version=PROJECTIONS_VERSION,
     )
 
 
@@ -147,6 +149,10 @@ def vae_graphs(decoder: VaeDecoder, *, height: int, width: int) -> tuple[Graph, 
     )
 
 
+def _dtype(transformer: DiffusionTransformer) -> torch.dtype:
+    return transformer.transformer_norm.weight.dtype
+
+
 class TextEncoderGraph(nn.Module):
     def __init__(self, encoder: TextEncoder) -> None:
         super().__init__()
@@ -162,7 +168,7 @@ class TransformerGraph(nn.Module):
         self.transformer = transformer
 
     def forward(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
-        dtype = self.transformer.transformer_norm.weight.dtype
+        dtype = _dtype(self.transformer)
         return self.transformer(latents.to(dtype), text.to(dtype), timestep).float()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from ttt_video_engine.export.graphs.parts import layers_in_parts
 from ttt_video_engine.export.graphs.projections_op import layers_as_nodes
 from ttt_video_engine.export.graphs.quantize import quantize_products
 from ttt_video_engine.export.graphs.repeat import TRACED, first_layers_only, repeat_last_layer
+from ttt_video_engine.export.graphs.scan_parts import scans_in_parts
 from ttt_video_engine.export.graphs.shard import sharded_layers
 from ttt_video_engine.export.graphs.timestep import accurate_timestep
 from ttt_video_engine.export.graphs.ttt_op import add_function_body, inline_function_body, scans_as_nodes
@@ -29,11 +31,19 @@ from ttt_video_engine.runtime.dtypes import TensorDType
 from ttt_video_engine.runtime.errors import BackendError
 from ttt_video_engine.runtime.quantization import Quantization
 from ttt_video_engine.runtime.runner import TensorSpec
-from ttt_video_engine.runtime.ttt_op import COLLECTIVE, DOMAIN, PROJECTIONS_VERSION, VERSION, OpVersion
+from ttt_video_engine.runtime.ttt_op import (
+    COLLECTIVE,
+    DOMAIN,
+    PART_VERSION,
+    PROJECTIONS_VERSION,
+    VERSION,
+    OpVersion,
+)
 
 OPSET = 23
 """Opset 23 is the first with Attention and RotaryEmbedding."""
 
+_NORM = ".ttt_norm_weight"
 FOLD_LIMIT = 1024
 """Bytes. Larger constants, such as tables that grow with the clip, are left for the runtime to fold."""
 
@@ -121,8 +131,8 @@ def trace(graph: Graph) -> ir.Model:
 def _export_module(graph: Graph) -> ir.Model:
     module, inputs = graph.module, graph.inputs
     axes = {name: torch.export.Dim(name, min=1) for spec in inputs for name in spec.free_axes.values()}
-    as_nodes = scans_as_nodes if graph.op_version == VERSION else layers_as_nodes
-    nodes = nullcontext() if graph.ttt is None else as_nodes(module, graph.ttt)
+    as_nodes = {VERSION: scans_as_nodes, PROJECTIONS_VERSION: layers_as_nodes, PART_VERSION: scans_in_parts}
+    nodes = nullcontext() if graph.ttt is None else as_nodes[graph.op_version](module, graph.ttt)
     layers = nullcontext() if graph.op_version == VERSION else layers_in_parts(module)
     if graph.devices > 1:
         nodes, layers = nullcontext(), sharded_layers(module, graph.ttt)
@@ -164,7 +174,7 @@ def save(model: ir.Model, path: Path, weights: WeightFile, ttt: TTTKind | None =
     proto = ir.to_proto(model)
     if ttt is not None:
         version = next(entry.version for entry in proto.opset_import if entry.domain == DOMAIN)
-        add_function_body(proto, ttt, VERSION if version == VERSION else PROJECTIONS_VERSION)
+        add_function_body(proto, ttt, next(known for known in get_args(OpVersion) if known == version))
     if inline and ttt is not None:
         proto = inline_function_body(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -245,14 +255,21 @@ class _DeduplicateConstants(passes.DeduplicateInitializersPass):
 
 
 def _name_scans(model: ir.Model) -> None:
-    """Names each TTT node after its layer and direction, for error messages: `<layer>.forward`, `<layer>.backward`."""
-    seen: set[str] = set()
+    """Names each TTT node after its layer and direction, for error messages: `<layer>.forward`, `<layer>.backward`.
+
+    The further parts of a scan have their number behind it.
+    """
+    layers: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type != COLLECTIVE:
             names = [_origin(value).name or "" for value in node.inputs if value is not None]
-            layer = next((name.removesuffix(".W1") for name in names if name.endswith(".W1")), "ttt")
-            node.name = f"{layer}.{'backward' if layer in seen else 'forward'}"
-            seen.add(layer)
+            norm = next((name for name in names if name.endswith(_NORM)), f"ttt{_NORM}")
+            layers.setdefault(norm.removesuffix(_NORM), []).append(node)
+    for layer, nodes in layers.items():
+        parts = max(1, len(nodes) // 2)
+        for number, node in enumerate(nodes):
+            direction = ("forward", "backward")[number // parts]
+            node.name = f"{layer}.{direction}" + (f"{number % parts + 1}" if number % parts else "")
 
 
 def _origin(value: ir.Value) -> ir.Value:

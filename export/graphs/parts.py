@@ -63,11 +63,11 @@ def _forward(
     return torch.cat(outputs, dim=1)
 
 
-def _modulated(normed: Tensor, modulation: Modulation, *, is_text: bool, before: Tensor | None = None) -> Tensor:
-    """As `Modulation.shift_and_scale`, of tokens of one kind, once `before` is computed."""
+def _modulated(normed: Tensor, modulation: Modulation, *, is_text: bool) -> Tensor:
+    """As `Modulation.shift_and_scale`, of tokens of one kind."""
     if is_text:
-        return normed * after(1 + modulation.text_scale, before) + modulation.text_shift
-    return normed * after(1 + modulation.video_scale, before) + modulation.video_shift
+        return normed * (1 + modulation.text_scale) + modulation.text_shift
+    return normed * (1 + modulation.video_scale) + modulation.video_shift
 
 
 def _token_ranges(layout: TokenLayout) -> list[tuple[int, int]]:
@@ -99,7 +99,8 @@ def _attended(
         own_video = video[:, start : start + group.num_frames * patches]
         before = outputs[-1] if outputs else None
         own_text, own_video = (
-            _modulated(layer.pre_seq_layernorm(tokens), modulation, is_text=is_text, before=before)
+            # Before the norm: TensorRT would keep the centred tokens of all groups, in float32.
+            _modulated(layer.pre_seq_layernorm(after(tokens, before)), modulation, is_text=is_text)
             for tokens, is_text in ((own_text, True), (own_video, False))
         )
         outputs.append(block._local_attention(torch.cat([own_text, own_video], dim=1), group))

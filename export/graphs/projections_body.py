@@ -1,17 +1,19 @@
-"""The function body of version 2 of the TTT operator, in standard operators: `projections_op.py`.
+"""The function bodies of versions 2 and 3 of the TTT operator, in standard operators: `projections_op.py`.
 
 It brings the tokens into the order of the scan one chunk of mini-batches at a time, so only the projections and the
-output are whole in memory. Shapes as in `runtime/ttt_op.py`, with G mini-batches of a chunk.
+output are whole in memory. Version 3 begins with a state and leaves one. Shapes as in `runtime/ttt_op.py`, with G
+mini-batches of a chunk.
 """
 
 from ttt_video_engine.export.graphs.ttt_steps import LINEAR_STEP, MLP_CONSTANTS, MLP_STEP
 from ttt_video_engine.runtime.config import TTTKind
-from ttt_video_engine.runtime.ttt_op import DOMAIN
+from ttt_video_engine.runtime.ttt_op import DOMAIN, PART_VERSION, OpVersion
 
 CHUNK_TOKENS = 512
 """Tokens of a chunk, about: a chunk has whole mini-batches, and all chunks the same number."""
 
-# Constants and tables. A mini-batch that pads the last chunk repeats the last one: nothing reads what it leaves.
+# Constants and tables. A mini-batch that pads the last chunk repeats the last one with learning rates of 0: it leaves
+# the state as it is.
 # swap turns the channels (a, b) of each pair into (−b, a), twice gives both channels of a pair the same angle: matrices
 # [F, F] and [F/2, F] of 0, 1 and −1, whose products are exact and much faster than moving single channels.
 _PROLOGUE = """
@@ -61,6 +63,11 @@ _PROLOGUE = """
     padded_places = Range (zero, padded_end, one_place)
     last_place = Sub (num_mini_batches, one_count)
     slots = Min (padded_places, last_place)
+    is_padding = Greater (padded_places, last_place)
+    zero_32 = Constant <value_float = 0.0> ()
+    one_if_real = Where (is_padding, zero_32, one_32)
+    real_shape = Concat <axis = 0> (num_chunks, flat, one_count, one_count, one_count, one_count)
+    real_chunks = Reshape (one_if_real, real_shape)
     chunk_shape = Concat <axis = 0> (num_chunks, flat)
     padded_tokens = Gather <axis = 0> (tokens, slots)
     token_chunks = Reshape (padded_tokens, chunk_shape)
@@ -152,7 +159,9 @@ _PREPARE = (
       opening = Sigmoid (logits_32)
       rates = Mul (opening, rate_scale)
       rates_split = Reshape (rates, rate_shape)
-      rates_all = Transpose <perm = [1, 0, 3, 2, 4]> (rates_split)
+      rates_in_order = Transpose <perm = [1, 0, 3, 2, 4]> (rates_split)
+      real = Gather <axis = 0> (real_chunks, chunk)
+      rates_all = Mul (rates_in_order, real)
 """
 )
 
@@ -203,8 +212,10 @@ _EPILOGUE = """
 """
 
 
-def _start(weights: tuple[str, ...]) -> str:
-    """Inner weights in float32, one copy for each clip of the batch."""
+def _start(weights: tuple[str, ...], version: OpVersion) -> str:
+    """Inner weights in float32, one copy for each clip of the batch. Of version 3 they are a state, which is that."""
+    if version == PART_VERSION:
+        return "".join(f"    {name}_first = Cast <to = 1> ({name})\n" for name in weights)
     return "".join(
         f"""
     {name}_32 = Cast <to = 1> ({name})
@@ -216,19 +227,21 @@ def _start(weights: tuple[str, ...]) -> str:
     )
 
 
-def projections_body(kind: TTTKind) -> str:
-    """The function of version 2 in the textual form of ONNX."""
-    return {"linear": _LINEAR, "mlp": _MLP}[kind]
+def projections_body(kind: TTTKind, version: OpVersion) -> str:
+    """The function of version 2 or 3 in the textual form of ONNX."""
+    text, weights = {"linear": (_LINEAR, ("W1", "b1")), "mlp": (_MLP, ("W1", "b1", "W2", "b2"))}[kind]
+    left = "".join(f", {name}_last" for name in weights) if version == PART_VERSION else ""
+    return text.replace("%START%", _start(weights, version)).replace("%LEFT%", left)
 
 
 _INPUTS = "XQ, XK, XV, rate_logits, rate_scale, cos, sin, tokens, rate_tokens, norm_weight, norm_bias"
 
 _LINEAR = f"""
 <domain: "{DOMAIN}", opset_import: []>
-TTTLinear ({_INPUTS}, W1, b1) => (XQW)
+TTTLinear ({_INPUTS}, W1, b1) => (XQW%LEFT%)
 {{
 {_PROLOGUE}
-{_start(("W1", "b1"))}
+%START%
     W1_last, b1_last, chunks_out = Loop (num_chunks, go_on, W1_first, b1_first) <body = chunk_body (
       int64 chunk, bool chunk_go, float[B, H, F, F] W1_chunk, float[B, H, 1, F] b1_chunk
     ) => (bool chunk_next, float[B, H, F, F] W1_left, float[B, H, 1, F] b1_left, chunk_out) {{
@@ -247,11 +260,11 @@ TTTLinear ({_INPUTS}, W1, b1) => (XQW)
 
 _MLP = f"""
 <domain: "{DOMAIN}", opset_import: []>
-TTTMLP ({_INPUTS}, W1, b1, W2, b2) => (XQW)
+TTTMLP ({_INPUTS}, W1, b1, W2, b2) => (XQW%LEFT%)
 {{
 {_PROLOGUE}
 {MLP_CONSTANTS}
-{_start(("W1", "b1", "W2", "b2"))}
+%START%
     W1_last, b1_last, W2_last, b2_last, chunks_out =
       Loop (num_chunks, go_on, W1_first, b1_first, W2_first, b2_first) <body = chunk_body (
       int64 chunk, bool chunk_go,

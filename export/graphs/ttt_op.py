@@ -1,8 +1,9 @@
 """The TTT scan as an ONNX operator: a node `ai.ttt::TTTLinear` or `ai.ttt::TTTMLP`, and its function body.
 
-This is version 1; `projections_op.py` has version 2. The body, an ONNX function of the same name in standard operators,
-computes the recurrence of `reference/ttt.py` with few operators per mini-batch. Values that do not depend on the inner
-weights are computed for the whole sequence: targets before the loop, the norm of the outputs after it.
+This is version 1; `projections_op.py` has version 2, `scan_parts.py` version 3. The body, an ONNX function of the same
+name in standard operators, computes the recurrence of `reference/ttt.py` with few operators per mini-batch. Values that
+do not depend on the inner weights are computed for the whole sequence: targets before the loop, the norm of the outputs
+after it.
 
 Shapes, with NC mini-batches of C tokens, H heads of size F and the MLP's hidden size K: XQ, XK and XV [B, H, NC, C, F];
 eta [B, H, NC, C]; norm_weight and norm_bias [H, F]; TTT-Linear's W1 [H, F, F] and b1 [H, 1, F]; TTT-MLP's W1 [H, F, K],
@@ -53,7 +54,7 @@ def scans_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
 
 def function_body(kind: TTTKind, opset: int, version: OpVersion = VERSION) -> onnx.FunctionProto:
     """The node's function in standard operators. `opset` must be that of the model."""
-    text = {"linear": _LINEAR, "mlp": _MLP}[kind] if version == VERSION else projections_body(kind)
+    text = {"linear": _LINEAR, "mlp": _MLP}[kind] if version == VERSION else projections_body(kind, version)
     function = onnx.parser.parse_function(text)
     function.opset_import.append(onnx.helper.make_opsetid("", opset))
     return function

@@ -52,9 +52,11 @@ BUILD_WEIGHTS = 2.0
 """Factor on the weights: the engine that TensorRT builds, and up to nine tenths of the weights once more. The file of
 the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
 `python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
-GPU_STREAMS = {1: 2.35, 2: 2.7}
+GPU_STREAMS = {1: 2.35, 2: 2.55}
 """Live tensors [L, D] of each clip by batch: the residual, what TTT or the MLP reads, and gaps in TensorRT's layout.
-Fitted, with the next two, to TensorRT-RTX 1.7 at 3, 9, 18, 30 and 63 s: `python benchmarks/full_width.py --memory`."""
+Fitted, with the next three, to TensorRT-RTX 1.7 at 3, 9, 18, 30 and 63 s: `python benchmarks/full_width.py --memory`."""
+GPU_NEXT_LAYER_STREAMS = {1: 0.05, 2: 0.3}
+"""Tensors of a layer that are kept for the next one."""
 GPU_GROUP_STREAMS = {1: 3.2, 2: 7.2}
 """Tensors of the scenes that attention has at a time: q, k, v, and float32 copies of q and k for their norms."""
 GPU_SCAN_STREAMS = {1: 5.4, 2: 1.9}
@@ -203,6 +205,8 @@ def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int,
     group = ceil(size.num_scenes / GPU_PARTS) / size.num_scenes
     part = 1 / num_scan_parts(size.num_scenes, size.num_tokens(config.patch_size) // config.mini_batch_size)
     streams = GPU_STREAMS[batch] + GPU_GROUP_STREAMS[batch] * group + GPU_SCAN_STREAMS[batch] * part
+    if config.num_layers > 1:
+        streams += GPU_NEXT_LAYER_STREAMS[batch]
     return int(batch * item * stream * streams)
 
 

@@ -5,15 +5,13 @@ Only one component is in memory at a time. Estimates for ONNX Runtime on a CPU a
 for the transformer is compared with them by `benchmarks/full_width.py`. Nothing was measured on a GPU.
 """
 
-from math import ceil
-
+import numpy as np
 from msgspec import Struct
 
 from ttt_video_engine.engines.tensorrt.memory import GRAPH_RESERVE
 from ttt_video_engine.planning.flops import segment_tokens, vae_convolutions
 from ttt_video_engine.runtime.config import ClipSize, ModelConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import ITEM_BYTES, DType
-from ttt_video_engine.runtime.ttt_op import num_scan_parts
 
 FLOAT32 = 4
 
@@ -52,18 +50,17 @@ BUILD_WEIGHTS = 2.0
 """Factor on the weights: the engine that TensorRT builds, and up to nine tenths of the weights once more. The file of
 the weights is mapped, and its pages are evicted where memory is short. Measured with TensorRT-RTX 1.7:
 `python benchmarks/full_width.py --ttt mlp --num-layers 6`."""
-GPU_STREAMS = {1: 2.35, 2: 2.55}
-"""Live tensors [L, D] of each clip by batch: the residual, what TTT or the MLP reads, and gaps in TensorRT's layout.
-Fitted, with the next three, to TensorRT-RTX 1.7 at 3, 9, 18, 30 and 63 s: `python benchmarks/full_width.py --memory`."""
-GPU_NEXT_LAYER_STREAMS = {1: 0.05, 2: 0.3}
-"""Tensors of a layer that are kept for the next one."""
-GPU_GROUP_STREAMS = {1: 3.2, 2: 7.2}
-"""Tensors of the scenes that attention has at a time: q, k, v, and float32 copies of q and k for their norms."""
-GPU_SCAN_STREAMS = {1: 5.4, 2: 1.9}
-"""Tensors of the tokens that TTT has at a time: what it reads, q, k, v and its output. In a batch of two, more is live
-in attention, of which parts are not contiguous."""
-GPU_PARTS = 7
-"""Parts that a layer in half precision is exported in."""
+GPU_SCENES = (1, 3, 6, 10, 21)
+GPU_STREAMS = {
+    (1, 1): (10.95, 5.17, 4.72, 4.90, 4.44),
+    (1, 2): (11.61, 5.51, 4.40, 4.69, 4.05),
+    (2, 1): (10.95, 5.36, 5.38, 5.45, 4.55),
+    (2, 2): (11.62, 5.85, 4.89, 5.69, 4.55),
+}
+"""Live tensors [L, D] of each clip in half precision, by layers (2: or more) and batch, for each of GPU_SCENES: what
+TensorRT-RTX 1.7 states for widths of 5B, `python benchmarks/full_width.py --memory --ttt mlp`. They are the residual,
+what a part of the layer reads, and the q, k and v of that part. Their number also depends on where TensorRT puts them,
+so no formula of parts is near all of them."""
 GPU_SHARDED_STREAMS = 12.5
 """Live tensors [tokens of a device, D] in half precision of a graph for several devices, whose layers are not in parts.
 TensorRT-RTX 1.7 has 12.5 for one clip, and 11.4 for each of a batch of two:
@@ -202,11 +199,8 @@ def _gpu_transformer_activations(model: ModelConfig, size: ClipSize, batch: int,
     if item == FLOAT32:
         scores = 2 * size.num_scenes * config.num_heads * segment_tokens(config, size) ** 2
         return batch * item * (GPU_STREAMS_FLOAT32 * stream + scores)
-    group = ceil(size.num_scenes / GPU_PARTS) / size.num_scenes
-    part = 1 / num_scan_parts(size.num_scenes, size.num_tokens(config.patch_size) // config.mini_batch_size)
-    streams = GPU_STREAMS[batch] + GPU_GROUP_STREAMS[batch] * group + GPU_SCAN_STREAMS[batch] * part
-    if config.num_layers > 1:
-        streams += GPU_NEXT_LAYER_STREAMS[batch]
+    measured = GPU_STREAMS[min(config.num_layers, 2), batch]
+    streams = float(np.interp(size.num_scenes, GPU_SCENES, measured))
     return int(batch * item * stream * streams)
 
 

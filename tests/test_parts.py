@@ -5,8 +5,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from ttt_video_engine.export.graphs.parts import PARTS, layers_in_parts
-from ttt_video_engine.planning.memory import GPU_PARTS
+from ttt_video_engine.export.graphs.parts import layers_in_parts
 from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.runtime.config import TransformerConfig
 from ttt_video_engine.runtime.presets import tiny
@@ -45,7 +44,3 @@ def test_float32_is_left_as_it_is() -> None:
     transformer = DiffusionTransformer(replace(CONFIG, ttt="none"))
     with layers_in_parts(transformer):
         assert "forward" not in vars(transformer.layers[0])
-
-
-def test_plan_knows_the_number_of_parts() -> None:
-    assert PARTS == GPU_PARTS

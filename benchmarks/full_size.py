@@ -22,7 +22,7 @@ from ttt_video_engine.reference.transformer import DiffusionTransformer
 from ttt_video_engine.reference.vae import VaeDecoder
 from ttt_video_engine.runtime.config import SCENES_PER_LENGTH, ModelConfig, TTTChoice
 from ttt_video_engine.runtime.presets import preset
-from ttt_video_engine.runtime.ttt_op import DOMAIN
+from ttt_video_engine.runtime.ttt_op import DOMAIN, num_scans
 
 DTYPE = torch.bfloat16
 
@@ -71,19 +71,24 @@ def row(model: ModelConfig, graph: Graph) -> list[str]:
 
 def check_scans(model: ModelConfig, graph: Graph, proto: onnx.ModelProto) -> list[str]:
     """The cells of the columns tokens, TTT nodes and XQ. Raises SystemExit if the shapes of a node are wrong."""
-    config, tokens = model.transformer, model.clip_size(graph.length).num_tokens(model.transformer.patch_size)
+    config, size = model.transformer, model.clip_size(graph.length)
+    tokens = size.num_tokens(config.patch_size)
     shapes = {value.name: shape(value) for value in (*proto.graph.value_info, *proto.graph.input)}
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
-    clip = ("batch", tokens, config.model_dim)
-    logits = ("batch", tokens, config.num_heads)
-    for node in nodes:
+    wanted = num_scans(config, size, graph.op_version) if config.ttt_kind else 0
+    if len(nodes) != wanted:
+        raise SystemExit(f"{graph.name}: {len(nodes)} TTT nodes; must be {wanted}")
+    mini_batches = tokens // config.mini_batch_size
+    parts = max(1, len(nodes) // (2 * config.num_layers))
+    for number, node in enumerate(nodes):
+        first, end = (mini_batches * place // parts for place in (number % parts, number % parts + 1))
+        rows = ("batch", (end - first) * config.mini_batch_size)
+        clip, logits = (*rows, config.model_dim), (*rows, config.num_heads)
         for name, expected in zip([*node.input[:4], node.output[0]], [clip, clip, clip, logits, clip], strict=True):
             if shapes[name] != expected:
                 raise SystemExit(f"{graph.name}: {node.name}: {name} is {shapes[name]}; must be {expected}")
-    wanted = 2 * config.num_layers if config.ttt_kind else 0
-    if len(nodes) != wanted:
-        raise SystemExit(f"{graph.name}: {len(nodes)} TTT nodes; must be {wanted}")
-    return [f"{tokens:,}", f"{len(nodes)}", str(list(clip)).replace("'", "") if nodes else ""]
+    read = shapes[nodes[0].input[0]] if nodes else ()
+    return [f"{tokens:,}", f"{len(nodes)}", str(list(read)).replace("'", "") if nodes else ""]
 
 
 def shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:

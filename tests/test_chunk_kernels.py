@@ -40,7 +40,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=SIZES, mini_batch_size=st.sampled_from([16, 64]), chunk=st.integers(1, 200), seed=st.integers(0, 2**32 - 1)
 )
@@ -128,8 +128,9 @@ def test_two_parts_are_the_whole(interpreter: Interpreter, kind: TTTKind) -> Non
     assert torch.equal(found, whole) if kind == "mlp" else error(found, whole) < 2e-5
 
 
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("dit_*")))
+@pytest.mark.parametrize(
+    ("name", "version"), [(path.name, 3 if "2scene" in path.name else 2) for path in sorted(GOLDEN.glob("dit_*"))]
+)  # version 3 has several parts only of several scenes
 def test_a_transformer_with_them_gives_what_was_recorded(
     interpreter: Interpreter, name: str, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,13 +21,19 @@ TOKENS = {"3s": 18_048, "9s": 51_456, "18s": 101_376, "30s": 168_320, "63s": 351
 MINI_BATCH: dict[TTTKind, int] = {"linear": 16, "mlp": 64}
 
 
-@pytest.mark.parametrize(
-    ("ttt", "length"), [("mlp", "3s"), ("linear", "9s"), ("mlp", "18s"), ("linear", "30s"), ("mlp", "63s")]
-)
-def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> None:
-    """Every length and both kinds, of which TTT-MLP's graph is larger. `benchmarks/full_size.py` shows what it takes.
+@pytest.mark.parametrize("length", TOKENS)
+@pytest.mark.parametrize("ttt", MINI_BATCH)
+def test_every_length_fills_whole_mini_batches(ttt: TTTKind, length: str) -> None:
+    model, mini_batch = preset("5B", ttt), MINI_BATCH[ttt]
+    tokens = model.clip_size(length).num_tokens(model.transformer.patch_size)
+    assert (tokens, tokens % mini_batch, model.transformer.mini_batch_size) == (TOKENS[length], 0, mini_batch)
 
-    The kind decides the weights of a TTT node, the length its tokens: neither depends on the other.
+
+@pytest.mark.parametrize(("ttt", "length"), [("linear", "3s"), ("mlp", "63s")])
+def test_a_full_size_transformer(tmp_path: Path, ttt: TTTKind, length: str) -> None:
+    """One scene, which is scanned as a whole, and the longest clip with the larger kind, whose graph is the largest.
+
+    `benchmarks/full_size.py` does the same with every length and both kinds.
     """
     model, mini_batch, tokens = preset("5B", ttt), MINI_BATCH[ttt], TOKENS[length]
     (graph,) = component_graphs(

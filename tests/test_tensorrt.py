@@ -124,7 +124,7 @@ def tiny_transformer(ttt: TTTKind, dtype: DType, length: str) -> tuple[Graph, Sc
     [
         ("linear", "float16", "sm_89", "3s", 1),
         ("linear", "bfloat16", "sm_120", "3s", 1),
-        ("mlp", "float16", "sm_120", "9s", 3),
+        ("mlp", "float16", "sm_120", "3s", 1),
         ("mlp", "bfloat16", "sm_89", "9s", 3),
     ],
 )

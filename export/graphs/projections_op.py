@@ -8,7 +8,7 @@ in memory. It computes what `TTTLayer.forward` computes between the projections 
 mini-batches of C tokens; in the body also G mini-batches of a chunk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +62,12 @@ def scan_order(layout: TokenLayout, mini_batch_size: int, *, backward: bool) -> 
 
 
 @contextmanager
-def layers_as_nodes(module: nn.Module, kind: TTTKind) -> Iterator[None]:
-    """Within the block, everything in each TTT layer of `module` between its projections and its norm is one node."""
+def layers_as_nodes(module: nn.Module, kind: TTTKind, traced: Callable[..., Tensor] | None = None) -> Iterator[None]:
+    """Within the block, everything in each TTT layer of `module` between its projections and its norm is one node, or
+    what `traced` makes of it: (block, kind, attended, layout) → as `SeqModelingBlock._test_time_training`."""
     blocks = [block for block in module.modules() if isinstance(block, SeqModelingBlock)]
     for block in blocks:
-        block._test_time_training = partial(_test_time_training, block, kind)  # type: ignore[method-assign]
+        block._test_time_training = partial(traced or _test_time_training, block, kind)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -8,9 +8,8 @@ Shape suffixes: B batch, L tokens, D model dimension, H heads.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttt_video_engine.export.graphs.order import after
-from ttt_video_engine.export.graphs.projections_op import ScanOrder, scan_order
+from ttt_video_engine.export.graphs.projections_op import ScanOrder, layers_as_nodes, scan_order
 from ttt_video_engine.reference.attention import SeqModelingBlock
 from ttt_video_engine.reference.layout import TokenLayout
 from ttt_video_engine.reference.ttt_layer import TTTLayer
@@ -84,17 +83,9 @@ def _pieces(layout: TokenLayout) -> Iterator[Run]:
         video += frames * layout.tokens_per_frame
 
 
-@contextmanager
-def scans_in_parts(module: nn.Module, kind: TTTKind) -> Iterator[None]:
+def scans_in_parts(module: nn.Module, kind: TTTKind) -> AbstractContextManager[None]:
     """Within the block, each part of a scan in `module` is one node, from its projections to before the norm."""
-    blocks = [block for block in module.modules() if isinstance(block, SeqModelingBlock)]
-    for block in blocks:
-        block._test_time_training = partial(_test_time_training, block, kind)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block._test_time_training  # restores the method of the class
+    return layers_as_nodes(module, kind, _test_time_training)
 
 
 def _test_time_training(block: SeqModelingBlock, kind: TTTKind, attended: Tensor, layout: TokenLayout) -> Tensor:

@@ -2,15 +2,16 @@
 
     python -m demo.quality --bundle bundles/demo --without-ttt bundles/demo-without-ttt --output output/quality
 
-prints a table in Markdown. Every row is a queue of `ttt-video sample`, so a run that was ended is resumed by the same
-command, and rows that are done are only judged. Two processes of one thread each share the videos of a row.
+prints a table in Markdown and writes its numbers to quality.json. Every row is a queue of `ttt-video sample`, so a run
+that was ended is resumed by the same command, and rows that are done are only judged. Two processes of one thread each
+share the videos of a row.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from demo.scenes import Frames
 from ttt_video_engine.runtime.render_folder import SIDECAR
 
 _ROOT = Path(__file__).parents[1]
-_COLUMNS = ("background", "figure", "colour", "direction", "carried")
+SCORES = ("background", "figure", "colour", "direction", "carried")
+"""Of a judge's, the columns of the table."""
 _PROCESSES = 2
 _STEPS = 50
 """Of the videos that PSNR compares with."""
@@ -59,8 +61,8 @@ class Row:
 BASE = Row(f"{_STEPS} steps", num_steps=_STEPS)
 ROWS = (
     BASE,
-    *(Row(f"{steps} steps", num_steps=steps) for steps in (_FEWER, 20)),
-    Row("without TTT", ttt=False),
+    *(Row(f"{steps} steps", num_steps=steps) for steps in (20, _FEWER)),
+    Row("20 steps, without TTT", num_steps=20, ttt=False),
     *(Row(f"guidance scale {scale}", ("--guidance-scale", str(scale))) for scale in (1, 6)),
     *(Row(f"{kind}, scale 6", ("--guidance", kind, "--guidance-scale", "6")) for kind in ("dynamic", "upstream")),
     Row("DPM-Solver++(2M) SDE", ("--sampler", "dpmpp-2m-sde")),
@@ -83,9 +85,29 @@ def psnr(frames: Frames, reference: Frames) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def render(row: Row, bundle: Path, output: Path, count: int) -> Path:
-    """Renders what is not done yet of a row; the folder of its videos."""
-    storyboards = output / f"quality-{row.num_scenes}.jsonl"
+@dataclass(frozen=True)
+class Result:
+    """A row's means over its videos: passes of the transformer, seconds of denoising (a median), PSNR in dB to the
+    videos of `BASE`, None where there are none to compare with, and shares of scenes."""
+
+    row: Row
+    videos: int
+    passes: float
+    seconds: float
+    psnr: float | None
+    scores: dict[str, float]
+
+    @property
+    def markdown(self) -> str:
+        near = "–" if self.psnr is None else f"{self.psnr:.1f}"
+        shares = (f"{share:.0%}" for share in self.scores.values())
+        cells = (self.row.name, str(self.videos), f"{self.passes:.0f}", f"{self.seconds:.1f}", near, *shares)
+        return "| " + " | ".join(cells) + " |"
+
+
+def render(row: Row, bundle: Path, output: Path, count: int) -> list[Path]:
+    """Renders what is not done yet of a row; its videos."""
+    storyboards = output / f"judge-{row.num_scenes}.jsonl"
     storyboards.write_bytes(held_out(storyboards.stem, count))
     folder = output / row.folder
     files = (str(storyboards.resolve()), "--bundle", str(bundle.resolve()), "--output-dir", str(folder.resolve()))
@@ -97,32 +119,34 @@ def render(row: Row, bundle: Path, output: Path, count: int) -> Path:
         running = [subprocess.Popen(shard, cwd=_ROOT, env=environment, stdout=log, stderr=log) for shard in shards]
         if any([process.wait() for process in running]):
             raise SystemExit(f"{row.name}: rendering failed; see {log.name}")
-    return folder
+    return done_videos(folder)[:count]
 
 
-def measured(row: Row, folder: Path, reference: Path) -> str:
-    """The row in Markdown, with the PSNR to the videos of `reference`."""
-    videos = done_videos(folder)
+def measured(row: Row, videos: list[Path], reference: Path) -> Result:
+    """What the videos of a row cost and show; `reference` is the folder of those of 50 steps."""
     sidecars = [msgspec.json.decode((video / SIDECAR).read_bytes()) for video in videos]
-    passes = float(np.mean([sidecar["passes"] for sidecar in sidecars]))
-    seconds = float(np.median([sidecar["seconds"]["denoise"] for sidecar in sidecars]))
+    pairs = [(video, reference / video.name) for video in videos if row.num_scenes == BASE.num_scenes and row != BASE]
     scores = judge(judged(videos))
-    near = "–"
-    if row.num_scenes == BASE.num_scenes and folder != reference:
-        near = f"{np.mean([psnr(frames_of(video), frames_of(reference / video.name)) for video in videos]):.1f}"
-    shares = [f"{getattr(scores, name):.0%}" for name in _COLUMNS]
-    return "| " + " | ".join([row.name, str(len(videos)), f"{passes:.0f}", f"{seconds:.1f}", near, *shares]) + " |"
+    return Result(
+        row,
+        len(videos),
+        float(np.mean([sidecar["passes"] for sidecar in sidecars])),
+        float(np.median([sidecar["seconds"]["denoise"] for sidecar in sidecars])),
+        float(np.mean([psnr(*map(frames_of, pair)) for pair in pairs])) if pairs else None,
+        {name: getattr(scores, name) for name in SCORES},
+    )
 
 
-def table(rows: Iterable[Row], bundles: dict[bool, Path], output: Path, count: int) -> None:
-    """Renders and prints row by row."""
-    head = ("settings", "videos", "passes", "seconds", "PSNR", *_COLUMNS)
+def table(rows: Iterable[Row], bundles: dict[bool, Path], output: Path, count: int) -> Iterator[Result]:
+    """Renders and prints row by row, and gives the results."""
+    head = ("settings", "videos", "passes", "seconds", "PSNR", *SCORES)
     print("| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1), flush=True)
-    reference = output / BASE.folder
     for row in rows:
         # A clip of 21 scenes costs as much as seven of three.
-        folder = render(row, bundles[row.ttt], output, max(1, count * 3 // row.num_scenes))
-        print(measured(row, folder, reference), flush=True)
+        videos = render(row, bundles[row.ttt], output, max(1, count * 3 // row.num_scenes))
+        result = measured(row, videos, output / BASE.folder)
+        print(result.markdown, flush=True)
+        yield result
 
 
 def main() -> None:
@@ -133,7 +157,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="storyboards of three scenes")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    table(ROWS, {True: arguments.bundle, False: arguments.without_ttt}, arguments.output, arguments.count)
+    bundles = {True: arguments.bundle, False: arguments.without_ttt}
+    results = list(table(ROWS, bundles, arguments.output, arguments.count))
+    (arguments.output / "quality.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ class Guard:
         finally:
             self.folder = None
 
+    def rest(self) -> None:
+        """The cases are over: the process may go on for as long as it likes."""
+        faulthandler.cancel_dump_traceback_later()
+
     def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
         if self.folder is None:
             return
@@ -110,19 +114,22 @@ def fuzz(kind: Kind, cases: int, work: Path, guard: Guard, first_seed: int = 1) 
 
     number = 0
     work.mkdir(parents=True, exist_ok=True)
-    while (left := cases - outcomes.total()) > 0:
-        # Without a database: what is found is to be found again by the same seed alone.
-        limits = settings(
-            max_examples=min(left, BATCH),
-            phases=(Phase.generate,) if kind.slow else (Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-            report_multiple_bugs=False,
-            derandomize=False,
-            database=None,
-            deadline=None,
-        )
-        seed(first_seed * 1_000_003 + number)(limits(given(kind.contents)(one)))()
-        number += 1
+    try:
+        while (left := cases - outcomes.total()) > 0:
+            # Without a database: what is found is to be found again by the same seed alone.
+            limits = settings(
+                max_examples=min(left, BATCH),
+                phases=(Phase.generate,) if kind.slow else (Phase.generate, Phase.shrink),
+                suppress_health_check=list(HealthCheck),
+                report_multiple_bugs=False,
+                derandomize=False,
+                database=None,
+                deadline=None,
+            )
+            seed(first_seed * 1_000_003 + number)(limits(given(kind.contents)(one)))()
+            number += 1
+    finally:
+        guard.rest()
     return outcomes
 
 

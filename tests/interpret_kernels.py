@@ -12,9 +12,11 @@ from typing import Any, cast
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from triton.runtime.interpreter import ReduceOps
 
 from ttt_video_engine.engines.kernels.cubin import KernelPart
 from ttt_video_engine.engines.kernels.ttt_chunk import ttt_finish, ttt_prepare, ttt_start
@@ -71,6 +73,21 @@ def run(operator: Operator, inputs: Mapping[str, Tensor], names: tuple[str, ...]
     return {"XQW": out, **left}
 
 
+def reduce_by_slices(ops: Any, values: tuple[Any, ...]) -> list[Any]:
+    """Like the interpreter's own, which combines single numbers: the same order and bits in a tenth of the time."""
+    slices = [np.moveaxis(value.handle.data, ops.axis, 0) for value in values]
+
+    def at(index: int) -> list[Any]:
+        return [ops.to_tensor(rows[index], value.dtype.scalar) for rows, value in zip(slices, values, strict=True)]
+
+    total = at(0)
+    for index in range(1, len(slices[0])):
+        total = ops.combine_fn.fn(*total, *at(index))
+    if ops.keep_dims:
+        total = [ops.to_tensor(np.expand_dims(one.handle.data, ops.axis), one.dtype.scalar) for one in total]
+    return list(total)
+
+
 def main(source: str, target: str) -> None:
     for line in sys.stdin:
         name, version, chunk = line.split()
@@ -82,4 +99,5 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
+    ReduceOps.generic_reduce = reduce_by_slices
     main(*sys.argv[1:])

@@ -1,6 +1,8 @@
 """Held-out storyboards of the demo, and what is measured on their videos."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four storyboards whose videos show exactly what they tell, and one that is not done."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(1, 6):
-        video = folder / f"quality-3-{number:03d}"
+        video = folder / f"judge-3-{number:03d}"
         video.mkdir()
         script, _ = asked_for(video.name)
         write_video(video / VIDEO, [render(script)], VideoFormat(16), width=96, height=64)
@@ -47,14 +49,22 @@ def test_a_video_s_name_tells_what_it_was_asked_for(tmp_path: Path) -> None:
 
 def test_only_finished_videos_are_judged(videos: Path) -> None:
     done = done_videos(videos)
-    assert [video.name for video in done] == [f"quality-3-{number:03d}" for number in range(1, 5)]
+    assert [video.name for video in done] == [f"judge-3-{number:03d}" for number in range(1, 5)]
     scores = judge(judged(done))
     assert min(scores.background, scores.figure, scores.colour, scores.direction, scores.carried, scores.cuts) == 1
 
 
 def test_a_row_tells_passes_seconds_and_scores(videos: Path) -> None:
-    cells = [cell.strip() for cell in measured(Row("a row"), videos, videos).strip("|").split("|")]
-    assert cells == ["a row", "4", "92", "2.5", "–", *["100%"] * 5]
+    cells = [cell.strip() for cell in measured(BASE, done_videos(videos), videos).markdown.strip("|").split("|")]
+    assert cells == [BASE.name, "4", "92", "2.5", "–", *["100%"] * 5]
+
+
+def test_a_row_is_compared_with_the_videos_of_the_same_storyboards(videos: Path, tmp_path: Path) -> None:
+    """Here with each other's, so that they differ as much as two storyboards do."""
+    for video, other in itertools.permutations(done_videos(videos)[:2]):
+        shutil.copytree(other, tmp_path / video.name)
+    result = measured(Row("a row"), done_videos(videos)[:2], tmp_path)
+    assert result.psnr is not None and 5 < result.psnr < 20
 
 
 def test_psnr_is_that_of_a_known_error() -> None:
@@ -68,8 +78,8 @@ def test_rows_have_folders_of_their_own() -> None:
 
 
 def test_frames_come_back_from_the_mp4(videos: Path) -> None:
-    script, _ = asked_for("quality-3-001")
-    frames = frames_of(videos / "quality-3-001")
+    script, _ = asked_for("judge-3-001")
+    frames = frames_of(videos / "judge-3-001")
     assert frames.shape == (145, 64, 96, 3) and psnr(frames, render(script)) > 25
 
 

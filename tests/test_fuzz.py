@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,23 @@ def test_the_fuzzer_sees_what_must_not_happen(tmp_path: Path, bad: str) -> None:
     with pytest.raises((KeyError, Leaves)):
         fuzz(kind, 1, tmp_path / "case", Guard(600))
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_guard_rests_after_the_last_case(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from hypothesis import strategies as st
+        from fuzz import Guard, fuzz
+        from fuzz_inputs import Content
+        from fuzz_kinds import Kind
+        kind = Kind("good", 1, st.just(Content(b"")), lambda folder, content: "fine")
+        fuzz(kind, 1, Path(sys.argv[1]), Guard(1.0))
+        time.sleep(1.5)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("name", ["state", "latents"])

@@ -18,6 +18,8 @@ from ttt_video_engine.runtime.files import sha256_of
 LONGEST_EXPORT = 600
 """Seconds that a worker waits for the one that exports the bundle."""
 
+LONG_FILES = ("test_tensorrt.py", "test_sharded.py", "test_attention_op.py", "test_chunk_kernels.py")
+"""Begun early: a worker that is left with one of them at the end works alone for minutes."""
 
 # The same examples in every run; `make fuzz` explores others.
 settings.register_profile("repeatable", derandomize=True)
@@ -112,11 +114,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _first_export_then_the_rest(items: list[pytest.Item]) -> None:
-    """One worker exports the bundle while the others run the tests that do without it."""
+    """One worker exports the bundle while the others run the tests that do without it, those of long files first."""
     needing = [item for item in items if "shared_bundle" in getattr(item, "fixturenames", ())]
-    if needing:
-        others = [item for item in items if item not in needing]
-        items[:] = [needing[0], *others, *needing[1:]]
+    others = [item for item in items if item not in needing]
+    others.sort(key=lambda item: item.path.name not in LONG_FILES)
+    items[:] = [*needing[:1], *others, *needing[1:]]
 
 
 def _digests(folder: Path) -> dict[str, str]:

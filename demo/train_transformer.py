@@ -68,10 +68,6 @@ STAGES = (
     Stage(
         24200, ((3, 3), (1, 8), (3, 3), (6, 2)), high=780, high_share=0.8, rates=(0.35, 0.02), figure_weight=8
     ),  # published
-    # In films of a minute shapes drifted: clips of 21 scenes had not been trained since step 20,450.
-    Stage(
-        26600, ((3, 3), (1, 8), (3, 3), (6, 2), (21, 1)), high=780, high_share=0.8, rates=(0.35, 0.02), figure_weight=8
-    ),
 )
 
 

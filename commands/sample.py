@@ -28,7 +28,7 @@ from ttt_video_engine.runtime.sampling_file import sampling_options
 from ttt_video_engine.runtime.settings import FAST, MAX_SEED, BackendName, Codec, Guidance, Sampler
 from ttt_video_engine.runtime.storyboard import Storyboard, check_length, load_storyboards
 
-_GOING_ON, _FILES = "Stopping, going on, queues", "What is written beside"
+_RESUMING, _FILES = "Stopping, resuming, queues", "What is written beside"
 _WORKERS = "Many workers"
 _PROMPTS, _PASSES, _BUNDLE = "Prompts", "Fewer passes of the transformer", "What the bundle must have"
 
@@ -130,10 +130,10 @@ def sample(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Restart videos that exist or were begun.")] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_GOING_ON)
+        int, typer.Option(help="Steps from one saved state to the next.", min=1, rich_help_panel=_RESUMING)
     ] = 1,
     stop_after: Annotated[
-        int | None, typer.Option(help="Stop each video when so many steps are done.", min=1, rich_help_panel=_GOING_ON)
+        int | None, typer.Option(help="Stop each video when so many steps are done.", min=1, rich_help_panel=_RESUMING)
     ] = None,
     preview_every: Annotated[
         int | None,
@@ -145,7 +145,7 @@ def sample(
     shard: Annotated[
         str | None,
         typer.Option(
-            metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all", rich_help_panel=_GOING_ON
+            metavar="I/N", help="Render part I of N, 1/N to N/N.", show_default="all", rich_help_panel=_RESUMING
         ),
     ] = None,
     ray: Annotated[

@@ -10,7 +10,7 @@ from demo.story import SceneScript, Script
 
 @dataclass(frozen=True)
 class Scores:
-    """`colour` counts scenes whose caption names it. `carried` counts scenes that go on with the figure of the scene
+    """`colour` counts scenes whose caption names it. `carried` counts scenes that continue with the figure of the scene
     before and do not name it: whether figure and colour are those that were seen there. `cuts` counts changes of scene,
     wanted or not."""
 

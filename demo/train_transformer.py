@@ -2,7 +2,7 @@
 
 A new training begins with random weights, or, with `--start-from demo/checkpoint`, with the published ones.
 
-A step depends on the seed, its number and the weights alone, so a run that was cut off goes on bit by bit.
+A step depends on the seed, its number and the weights alone, so a run that was interrupted is resumed bit by bit.
 """
 
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ class OnnxRuntimeRunner:
         self._name = path.name
         self.inputs, self.outputs = inputs, outputs
         options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = num_threads or _default_threads()
         options.log_severity_level = _ERRORS_ONLY
         # From the second run on, ONNX Runtime would allocate a block for a whole run beside the blocks of the first.
         options.enable_mem_pattern = False
@@ -148,6 +148,15 @@ class OnnxRuntimeLoader:
 def num_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_threads() -> int:
+    """0, a pinned thread for every core, or, where this process may run on some cores only, their number.
+
+    ONNX Runtime pins threads of a default number to cores that taskset, Slurm or Kubernetes gave to others.
+    """
+    allowed = num_cores()
+    return 0 if allowed == os.cpu_count() else allowed
 
 
 def _return_freed_memory() -> None:

@@ -176,14 +176,8 @@ class _Build:
         needs = {}
         for name in self.components:
             file, _ = self._layout(name)
-            graphs = (
-                len(self.lengths) * (1 + len(self.devices))
-                if name == "transformer"
-                else 2
-                if name == "vae_decoder"
-                else 1
-            )
-            own = len(self.lengths) if name == "transformer" else graphs
+            own = {"transformer": len(self.lengths), "vae_decoder": 2}.get(name, 1)
+            graphs = own * (1 + len(self.devices)) if name == "transformer" else own
             engines = own * len(gpus) * file.size  # an engine holds the weights of its graph
             if self.stage.has_weights(f"{name}/{WEIGHTS_FILE}", self._weights_key(name)):
                 engines = max(

@@ -70,7 +70,7 @@ class Guard:
             self.folder = None
 
     def rest(self) -> None:
-        """The cases are over: the process may go on for as long as it likes."""
+        """The cases are over: the process may run for as long as it likes."""
         faulthandler.cancel_dump_traceback_later()
 
     def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:

@@ -110,7 +110,7 @@ def test_half_precision_rounds_what_the_scan_reads_once(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_parts_are_the_whole(interpreter: Interpreter, kind: TTTKind) -> None:
-    """The second goes on from the state of the first. The scan of the MLP then changes no bit."""
+    """The second continues from the state of the first. The scan of the MLP then changes no bit."""
     inputs = Clip(kind, (2, 3, 2, 16), 2, patches=10).inputs(torch.float32, backward=True)
     whole, found = interpreter.run(kind, inputs, ALL), torch.full_like(inputs["XQ"], float("nan"))
     mini_batches, states = inputs["tokens"].shape[0], WEIGHTS[kind]

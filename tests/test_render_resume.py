@@ -1,4 +1,4 @@
-"""A render that ends anywhere goes on with the same call, to the same bits."""
+"""A render that ends anywhere is resumed by the same call, to the same bits."""
 
 import json
 import os

@@ -1,6 +1,8 @@
 """Engines at run time: what is checked before a GPU is touched, and what is said of one that does not fit."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,7 @@ from ttt_video_engine.runtime.errors import BackendError, ConfigError
 from ttt_video_engine.runtime.files import sha256_of
 from ttt_video_engine.runtime.runner import TensorSpec, check_inputs
 
+ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 Floats = NDArray[np.float32]
 
@@ -50,6 +53,23 @@ def has_gpu() -> bool:
 
 
 without_gpu = pytest.mark.skipif(has_gpu(), reason="shows what is said where no GPU is")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or not Path("/proc/self/task").is_dir(), reason="Linux only")
+def test_threads_keep_to_the_cores_of_their_process(shared_bundle: Path) -> None:
+    """As Slurm, Kubernetes and taskset give a process some of the cores."""
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
+        from ttt_video_engine.runtime.bundle import open_bundle
+        with OnnxRuntimeLoader(open_bundle(Path(sys.argv[1])))("text_encoder"):
+            cores = set().union(*(os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")))
+        assert cores == os.sched_getaffinity(0), cores
+    """
+    ended = subprocess.run([sys.executable, "-c", code, str(shared_bundle)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_a_bundle_gets_graphs_for_devices_beside_its_own(
 
     alone, together = rendered("alone"), rendered("together", "--devices", 2)
     assert 0 < np.abs(together - alone).max() < 1e-4 * np.abs(alone).max()
-    # A render goes on with another number of devices.
+    # A render is resumed with another number of devices.
     options = ("--bundle", exported, "--output-dir", tmp_path / "resumed", "--num-steps", 3, "--stop-after", 1)
     assert run("sample", "--prompt", "A bear sleeps.", *options, "--devices", 2)[0] == 0
     resumed = rendered("resumed")

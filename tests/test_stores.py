@@ -104,7 +104,7 @@ class Killed(BaseException):
 def test_a_machine_that_is_gone_at_any_call_of_the_store(
     s3: ObjectStore, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every other call that changes the store a machine dies, and another goes on from the newest state."""
+    """At every other call that changes the store a machine dies, and another resumes from the newest state."""
     alone, calls = sample.alone(), 0
     real: dict[str, Callable[..., None]] = {"upload": Store.upload, "remove": Store.remove}
     killed_at = -1

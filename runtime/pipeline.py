@@ -3,7 +3,8 @@
 The pipeline is handed a loader for engines and does not know what runs them. What it makes depends on the storyboards,
 the bundle and the settings alone. The same call resumes a render, whatever ended it.
 
-    pipeline = Pipeline(open_bundle(Path("bundles/tiny")), OnnxRuntimeLoader(bundle))
+    bundle = open_bundle(Path("bundles/tiny"))
+    pipeline = Pipeline(bundle, OnnxRuntimeLoader(bundle))
     outcomes = pipeline.render(load_storyboards(Path("kitchen.json")), Settings(), Path("videos"), on_event=print)
 """
 

@@ -1,5 +1,5 @@
 """Draws what `python -m demo.quality` measured: `python -m demo.plot_quality --output DIR`, the folder of its
-quality.json, writes passes.png and ttt.png there."""
+quality.json, writes settings.png and ttt.png there."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +11,23 @@ from demo.command_line import output_folder
 from demo.quality import BASE, SCORES, Result
 
 
-def passes_figure(results: Sequence[Result]) -> Figure:
-    """Passes of the transformer against nearness to the video of 50 steps, a point for each row of three scenes."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for result in results:
-        if result.psnr is not None and result.row.ttt:
-            axes.plot(result.passes, result.psnr, "o", color="tab:blue")
-            axes.annotate(result.row.name, (result.passes, result.psnr), xytext=(6, -3), textcoords="offset points")
-    axes.set(xlabel="passes of the transformer", ylabel=f"PSNR to {BASE.name}, dB", title="Fewer passes")
-    axes.margins(x=0.2)
+def settings_figure(results: Sequence[Result]) -> Figure:
+    """A line for each row of three scenes with TTT: passes of the transformer, PSNR, and the scores of the figure."""
+    rows = [result for result in results if result.row.ttt and result.row.num_scenes == BASE.num_scenes]
+    places = range(len(rows))
+    figure = Figure(figsize=(10, 0.9 + 0.32 * len(rows)), layout="constrained")
+    passes, near, scores = figure.subplots(1, 3, sharey=True)
+    passes.barh(places, [result.passes for result in rows])
+    passes.set_title("passes of the transformer")
+    near.barh(places, [result.psnr or 0 for result in rows])
+    near.set_title(f"PSNR to {BASE.name}, dB")
+    for shift, name in ((-0.2, "figure"), (0.2, "carried")):
+        scores.barh([place + shift for place in places], [result.scores[name] for result in rows], 0.4, label=name)
+    scores.set_title("scenes with the right figure")
+    scores.set_xlim(0, 1)
+    scores.legend(loc="lower left", fontsize="small")
+    passes.set_yticks(places, [result.row.name for result in rows])
+    passes.invert_yaxis()
     return figure
 
 
@@ -47,7 +54,7 @@ def ttt_figure(results: Sequence[Result]) -> Figure:
 def main() -> None:
     folder = output_folder(__doc__)
     results = msgspec.json.decode((folder / "quality.json").read_bytes(), type=list[Result])
-    passes_figure(results).savefig(folder / "passes.png", dpi=80)
+    settings_figure(results).savefig(folder / "settings.png", dpi=80)
     ttt_figure(results).savefig(folder / "ttt.png", dpi=80)
 
 

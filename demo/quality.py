@@ -3,15 +3,16 @@
     python -m demo.quality --bundle bundles/demo --without-ttt bundles/demo-without-ttt --output output/quality
 
 prints a table in Markdown and writes its numbers to quality.json. Every row is a queue of `ttt-video sample`, so a run
-that was ended is resumed by the same command, and rows that are done are only judged. Two processes share the videos of
-a row.
+that was ended is resumed by the same command, and rows that are done are only judged. Two processes, each on a core of
+its own, share the videos of a row.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Row:
 BASE = Row(f"{_STEPS} steps", num_steps=_STEPS)
 ROWS = (
     BASE,
-    *(Row(f"{steps} steps", num_steps=steps) for steps in (20, _FEWER, 30)),
+    *(Row(f"{steps} steps", num_steps=steps) for steps in (20, _FEWER)),
     Row("without TTT", ttt=False),
     *(
         Row(f"{num_scenes} scenes, {'with' if ttt else 'without'} TTT", num_scenes=num_scenes, ttt=ttt)
@@ -74,7 +75,8 @@ ROWS = (
     *(Row(f"{kind}, scale 6", ("--guidance", kind, "--guidance-scale", "6")) for kind in ("dynamic", "upstream")),
     Row("DPM-Solver++(2M) SDE", ("--sampler", "dpmpp-2m-sde")),
     Row("a negative prompt", ("--negative-prompt", "A figure in the desert at night.")),
-    *(Row(f"{dtype}, in PyTorch", half=dtype) for dtype in ("float16", "bfloat16")),
+    Row("30 steps", num_steps=30),
+    *(Row(f"{dtype}, in PyTorch", half=dtype) for dtype in ("bfloat16", "float16")),
 )
 
 
@@ -104,6 +106,11 @@ class Result:
         return "| " + " | ".join(cells) + " |"
 
 
+def _only_on(core: int) -> Callable[[], None]:
+    """A process computes with a thread for every core that it may run on."""
+    return lambda: os.sched_setaffinity(0, {core})
+
+
 def render(row: Row, bundle: Path, output: Path, count: int) -> list[Path]:
     """Renders what is not done yet of a row; its videos."""
     storyboards = output / f"judge-{row.num_scenes}.jsonl"
@@ -113,9 +120,12 @@ def render(row: Row, bundle: Path, output: Path, count: int) -> list[Path]:
     shards = [
         (sys.executable, *row.command, *files, "--shard", f"{part + 1}/{_PROCESSES}") for part in range(_PROCESSES)
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment, cores = {**os.environ, "OMP_NUM_THREADS": "1"}, sorted(os.sched_getaffinity(0))
     with (output / f"{row.folder}.log").open("w") as log:
-        running = [subprocess.Popen(shard, cwd=_ROOT, env=environment, stdout=log, stderr=log) for shard in shards]
+        running = [
+            subprocess.Popen(shard, cwd=_ROOT, env=environment, stdout=log, stderr=log, preexec_fn=_only_on(core))
+            for shard, core in zip(shards, itertools.cycle(cores), strict=False)
+        ]
         if any([process.wait() for process in running]):
             raise SystemExit(f"{row.name}: rendering failed; see {log.name}")
     return done_videos(folder)[:count]
@@ -157,8 +167,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     bundles = {True: arguments.bundle, False: arguments.without_ttt}
-    results = list(table(ROWS, bundles, arguments.output, arguments.count))
-    (arguments.output / "quality.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+    results = []
+    for result in table(ROWS, bundles, arguments.output, arguments.count):
+        results.append(result)
+        (arguments.output / "quality.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def settings_figure(results: Sequence[Result]) -> Figure:
         scores.barh([place + shift for place in places], [result.scores[name] for result in rows], 0.4, label=name)
     scores.set_title("scenes with the right figure")
     scores.set_xlim(0, 1)
-    scores.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     passes.set_yticks(places, [result.row.name for result in rows])
     passes.invert_yaxis()
     return figure
@@ -47,7 +47,7 @@ def ttt_figure(results: Sequence[Result]) -> Figure:
             axes.bar([place + shift for place in range(len(SCORES))], result.scores.values(), 0.4, label=label)
         axes.set_xticks(range(len(SCORES)), SCORES, rotation=40)
         axes.set(title=f"{num_scenes} scenes", ylim=(0, 1))
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -27,7 +27,7 @@ from ttt_video_engine.export.graphs.components import sharded_graph, transformer
 from ttt_video_engine.export.graphs.weights import TORCH_DTYPES, write_module
 from ttt_video_engine.planning.memory import gpu_activations, sharded_gpu_activations
 from ttt_video_engine.reference.transformer import DiffusionTransformer
-from ttt_video_engine.runtime.config import TTTKind
+from ttt_video_engine.runtime.config import ModelConfig, TTTKind
 from ttt_video_engine.runtime.dtypes import DType
 from ttt_video_engine.runtime.presets import preset
 from ttt_video_engine.runtime.ttt_op import PROJECTIONS_VERSION, exported_version, num_scans
@@ -76,7 +76,7 @@ def memory_rows(part: Slice, entry: EngineEntry) -> list[list[str]]:
     """One row per batch."""
     rows = []
     for batch, found in zip(TRANSFORMER_BATCHES, entry.activations, strict=True):
-        model = preset("5B", part.ttt)
+        model = sliced(part)
         planned = gpu_activations(model, part.length, part.dtype, batch)["transformer"]
         if part.devices > 1:
             planned = sharded_gpu_activations(model, part.length, part.dtype, batch, part.devices)
@@ -85,11 +85,16 @@ def memory_rows(part: Slice, entry: EngineEntry) -> list[list[str]]:
     return rows
 
 
+def sliced(part: Slice) -> ModelConfig:
+    """5B with the layers of the slice alone."""
+    whole = preset("5B", part.ttt)
+    return replace(whole, transformer=replace(whole.transformer, num_layers=part.num_layers))
+
+
 def build(folder: Path, part: Slice) -> tuple[list[list[str]], EngineEntry]:
     """Rows of the steps, and what was built."""
     rows: list[list[str]] = []
-    whole = preset("5B", part.ttt)
-    model = replace(whole, transformer=replace(whole.transformer, num_layers=part.num_layers))
+    model = sliced(part)
 
     @contextmanager
     def measured(name: str, result: list[str]) -> Iterator[None]:

@@ -26,6 +26,7 @@ from ttt_video_engine.reference.ttt_layer import TTTLinear
 from ttt_video_engine.runtime.bundle import Bundle
 from ttt_video_engine.runtime.config_file import resolve_config
 from ttt_video_engine.runtime.errors import CheckFailed
+from ttt_video_engine.runtime.events import VideoFailed
 from ttt_video_engine.runtime.pipeline import Pipeline
 from ttt_video_engine.runtime.presets import preset
 from ttt_video_engine.runtime.quantization import Quantization
@@ -154,7 +155,7 @@ class TorchLoader:
     def check(self, graphs: Iterable[str]) -> None: ...
 
     def environment(self) -> dict[str, str]:
-        return {"engine": "torch", "torch": torch.__version__}
+        return {"engine": "torch", "torch": str(torch.__version__)}
 
     def __call__(self, graph: str) -> TorchRunner:
         return TorchRunner(self._graphs[graph])
@@ -183,7 +184,9 @@ def film() -> str:
         def render(bundle: Bundle, loader: object) -> None:
             pipeline = Pipeline(bundle, loader)  # type: ignore[arg-type]
             jobs = pipeline.prepare((board,), Settings(num_steps=FILM_STEPS), output, overwrite=True)
-            pipeline.run(jobs)
+            for outcome in pipeline.run(jobs).values():
+                if isinstance(outcome, VideoFailed):
+                    raise outcome.error
 
         def compiled_film() -> None:
             with compiled():

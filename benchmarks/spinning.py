@@ -1,4 +1,4 @@
-"""Times a step with threads that spin while they wait, and with threads that sleep: alone, and beside other work."""
+"""Times a step with threads that sleep while they wait, and with threads that spin first: alone and beside other work."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 from cheaper import LENGTH, QUANTIZATIONS, source_of
 from measure import interleaved, print_row, table
 
-from ttt_video_engine.engines.onnxruntime import OnnxRuntimeRunner
+from ttt_video_engine.engines.onnxruntime import SPIN_US, OnnxRuntimeRunner
 from ttt_video_engine.export.build import WEIGHTS_FILE
 from ttt_video_engine.export.graphs import graph as onnx_graph
 from ttt_video_engine.export.graphs.components import transformer_graph
@@ -20,6 +20,8 @@ from ttt_video_engine.export.graphs.weights import write_module
 from ttt_video_engine.export.parity.gate import random_cases
 
 REPETITIONS = 7
+SPINS = (0, SPIN_US, 10_000)
+"""Microseconds. The last is about what ONNX Runtime does by itself."""
 
 
 @contextmanager
@@ -48,13 +50,15 @@ def measure() -> str:
                 onnx_graph.save(onnx_graph.trace(replace(graph, quantize=quantize)), path, weights, graph.ttt)
                 signature = onnx_graph.read_signature(path)
                 calls = []
-                for spinning in (True, False):
-                    runner = OnnxRuntimeRunner(path, *signature, num_threads=cores, spinning=spinning)
+                for spin_us in SPINS:
+                    runner = OnnxRuntimeRunner(path, *signature, num_threads=cores, spin_us=spin_us)
                     stack.enter_context(runner)
                     calls.append(lambda runner=runner, feeds=feeds: runner.run(feeds))  # type: ignore[misc]
-                for count in (0, cores):
+                for count in (0, 1, cores):
                     with others(count):
-                        on, off = interleaved(calls, REPETITIONS)
-                    row = [f"{name} {precision}", str(count), f"{on * 1e3:.0f}", f"{off * 1e3:.0f}", f"{on / off:.2f}x"]
-                    rows.append(print_row(row))
-    return table(["step, 9s, batch 2", "busy processes", "spinning ms", "sleeping ms", "sleeping"], rows)
+                        seconds = interleaved(calls, REPETITIONS)
+                    cells = (f"{taken * 1e3:.0f}" for taken in seconds)
+                    ratio = f"{seconds[0] / seconds[SPINS.index(SPIN_US)]:.2f}x"
+                    rows.append(print_row([f"{name} {precision}", str(count), *cells, ratio]))
+    header = ["step, 9s, batch 2", "busy processes", *(f"{spin} µs" for spin in SPINS), f"{SPIN_US} µs over 0 µs"]
+    return table(header, rows)

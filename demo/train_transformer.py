@@ -5,6 +5,7 @@ A new training begins with random weights, or, with `--start-from demo/checkpoin
 A step depends on the seed, its number and the weights alone, so a run that was interrupted is resumed bit by bit.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Stage:
     """What an error where a figure is counts, in errors elsewhere. One figure differs from another in few latents."""
 
 
+_LATE = ((3, 4), (6, 2), (3, 4), (1, 8), (3, 4), (6, 2), (3, 4), (6, 2), (3, 4), (1, 8), (3, 4), (21, 1))
 STAGES = (
     Stage(480, ((1, 8),), text_rate=1.0, high=650, high_share=0.5),
     Stage(822, ((1, 4),), text_rate=1.0, high=650, high_share=0.5),  # T5's attention had begun to saturate
@@ -68,6 +70,8 @@ STAGES = (
     Stage(
         24200, ((3, 3), (1, 8), (3, 3), (6, 2)), high=780, high_share=0.8, rates=(0.35, 0.02), figure_weight=8
     ),  # published
+    # More clips of three scenes a step, as the learning rates are low and what a later scene keeps is learned last.
+    Stage(26000, _LATE, high=780, high_share=0.8, rates=(0.35, 0.02), figure_weight=8),
 )
 
 
@@ -159,7 +163,8 @@ class Training:
 
 def main() -> None:
     folders = training_folders(__doc__)
-    torch.set_num_threads(1)
+    # Not a thread for every core: beside other work, threads wait for each other.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     use_fast_parts()
     train(Training(SEED), folders, "transformer")
 

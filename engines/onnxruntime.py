@@ -23,6 +23,10 @@ PROVIDERS: dict[ProviderName, tuple[str, ...]] = {
 }
 """Execution providers that ONNX Runtime brings itself: first the named one, then those for nodes that it lacks."""
 
+SPIN_US = 20
+"""Microseconds for which a thread that waits for work keeps its core busy before it sleeps. On an idle machine that is
+faster than to sleep at once; more is hardly faster, and slower beside other work (benchmarks/spinning.py)."""
+
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -30,8 +34,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 class OnnxRuntimeRunner:
     """One ONNX file in its own session.
 
-    `devices` of a plugin provider come before `providers`. With `spinning`, threads that wait for work keep their cores
-    busy: benchmarks/spinning.py measures what that costs.
+    `devices` of a plugin provider come before `providers`. With a `spin_us` of 0, threads sleep as soon as they wait.
     Raises BackendError where the file does not load, or where its inputs and outputs are not `inputs` and `outputs`.
     """
 
@@ -44,7 +47,7 @@ class OnnxRuntimeRunner:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         devices: Sequence[ort.OrtEpDevice] = (),
         num_threads: int = 0,
-        spinning: bool = False,
+        spin_us: int = SPIN_US,
     ) -> None:
         self._name = path.name
         self.inputs, self.outputs = inputs, outputs
@@ -53,7 +56,7 @@ class OnnxRuntimeRunner:
         options.log_severity_level = _ERRORS_ONLY
         # From the second run on, ONNX Runtime would allocate a block for a whole run beside the blocks of the first.
         options.enable_mem_pattern = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
         try:
             if devices:
                 options.add_provider_for_devices(devices, {})

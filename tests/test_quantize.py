@@ -11,16 +11,18 @@ import onnx_ir as ir
 import pytest
 import torch
 from stand_in import StandInLoader, board, products, render
+from torch import nn
 
 from ttt_video_engine.engines.onnxruntime import OnnxRuntimeLoader
 from ttt_video_engine.export.build import ExportOptions, export_bundle
 from ttt_video_engine.export.graphs import graph as onnx_graph
+from ttt_video_engine.export.graphs.components import component_graphs
 from ttt_video_engine.export.graphs.graph import Graph
-from ttt_video_engine.export.graphs.quantize import quantize_weights
-from ttt_video_engine.export.graphs.weights import lay_out, write_weights
+from ttt_video_engine.export.graphs.quantize import quantize_weights, round_like_int8
+from ttt_video_engine.export.graphs.weights import lay_out, write_module, write_weights
 from ttt_video_engine.export.keys import graph_key, weights_key
 from ttt_video_engine.export.parity import gate
-from ttt_video_engine.export.sources.source import SeededSource
+from ttt_video_engine.export.sources.source import SeededSource, components_of
 from ttt_video_engine.planning.shapes import file_bytes, weight_shapes
 from ttt_video_engine.reference.checkpoints.lazy import lazy_state
 from ttt_video_engine.runtime.bundle import Bundle, open_bundle
@@ -118,6 +120,43 @@ def test_it_is_held_to_the_reference_with_its_own_tolerance(quantized: tuple[Bun
         for check in graph.parity:
             assert check.tolerance == (gate.INT8_TOLERANCE if int8 else gate.TOLERANCES["float32"])
             assert check.max_error <= check.tolerance and (check.max_error > 1e-4) == int8
+
+
+def test_the_reference_rounds_like_the_graph(quantized: tuple[Bundle, list[str]]) -> None:
+    (graph,) = component_graphs(SOURCE.transformer().load(), tiny("linear"), ["9s"])
+    case = gate.random_cases(graph)["random, batch 2"]
+    exact = graph.module(*case)
+    rounded = round_like_int8(graph.module)(*case)
+    with OnnxRuntimeLoader(quantized[0])("transformer-9s") as runner:
+        feeds = {spec.name: value.numpy() for spec, value in zip(graph.inputs, case, strict=True)}
+        found = torch.from_numpy(runner.run(feeds)["velocity"])
+    assert (found - rounded).norm() < 0.3 * (found - exact).norm()
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_the_gate_allows_what_rounding_changes_in_the_reference(
+    quantized: tuple[Bundle, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: bool
+) -> None:
+    """For a model that magnifies rounding beyond INT8_TOLERANCE. `fault`: a matrix's scales are wrong by a fifth."""
+    monkeypatch.setattr(gate, "INT8_TOLERANCE", 1e-12)
+    SOURCE.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    components = components_of(SOURCE)
+    module: nn.Module = components["transformer"].load()
+    (graph,) = component_graphs(module, tiny("linear"), ["3s"], quantize="int8")
+    weights = write_module(graph.module, tmp_path / "model.onnx_data", quantize="int8")
+    shutil.copy(quantized[0].path("transformer/model-3s.onnx"), tmp_path / "model.onnx")
+    the_gate = gate.Gate(tiny("linear"), components, "float32", tmp_path / "tokenizer.json")
+    if not fault:
+        checks = the_gate.check(graph, tmp_path / "model.onnx", weights)
+        assert all(1e-12 < check.max_error <= check.tolerance < 5e-3 for check in checks)
+        return
+    name = next(name for name in weights.ranges if name.endswith(f"mlp.layer1.weight{SCALES}"))
+    offset, size = weights.ranges[name]
+    stored = np.memmap(weights.path, np.float32, "r+", offset, (size // 4,))
+    stored *= 1.2
+    stored.flush()
+    with pytest.raises(CheckFailed, match="parity on"):
+        the_gate.check(graph, tmp_path / "model.onnx", weights)
 
 
 def test_exporting_again_changes_nothing(quantized: tuple[Bundle, list[str]]) -> None:

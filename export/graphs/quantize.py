@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt_video_engine.reference.checkpoints.lazy import LazyStateDict, LazyTensor
 from ttt_video_engine.runtime.quantization import INTEGERS, SCALES, Quantization, is_quantized
@@ -64,6 +64,25 @@ def _channel_scales(value: Tensor) -> Tensor:
     """[out] of a weight [out, in]; 1 for zeros. Not finite where a value is not, so that writing it fails."""
     largest = value.abs().amax(dim=1)
     return torch.where(largest == 0, 1.0, largest / LARGEST)
+
+
+def round_like_int8(module: nn.Module) -> nn.Module:
+    """The module, in float32, changed to round what its graph in int8 rounds: weights and what they multiply."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and is_quantized(f"{name}.weight"):
+            scales = _channel_scales(layer.weight.detach())[:, None]
+            layer.weight.data = (layer.weight.detach() / scales).round_().clamp_(-LARGEST, LARGEST) * scales
+            layer.register_forward_pre_hook(_round_input)
+    return module
+
+
+def _round_input(_layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """What DynamicQuantizeLinear keeps: 256 levels from the least to the largest value and 0."""
+    (x,) = inputs
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = torch.where(high == low, 1.0, (high - low) / 255)
+    zero = (-low / scale).round().to(torch.int32)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
 
 def quantize_products(model: ir.Model) -> None:

@@ -13,7 +13,9 @@ from demo.quality import BASE, SCORES, Result
 
 def settings_figure(results: Sequence[Result]) -> Figure:
     """A line for each row of three scenes with TTT: passes of the transformer, PSNR, and the scores of the figure."""
-    rows = [result for result in results if result.row.ttt and result.row.num_scenes == BASE.num_scenes]
+    rows = [
+        result for result in results if result.row.bundle != "without-ttt" and result.row.num_scenes == BASE.num_scenes
+    ]
     places = range(len(rows))
     figure = Figure(figsize=(10, 0.9 + 0.32 * len(rows)), layout="constrained")
     passes, near, scores = figure.subplots(1, 3, sharey=True)
@@ -37,7 +39,8 @@ def ttt_figure(results: Sequence[Result]) -> Figure:
         with_ttt.row.num_scenes: (with_ttt, without)
         for with_ttt in results
         for without in results
-        if not without.row.ttt and with_ttt.row == replace(without.row, ttt=True, name=with_ttt.row.name)
+        if without.row.bundle == "without-ttt"
+        and with_ttt.row == replace(without.row, bundle="trained", name=with_ttt.row.name)
     }
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     for axes, (num_scenes, pair) in zip(

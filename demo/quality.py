@@ -1,6 +1,7 @@
-"""What settings cost, and what they do to the videos of held-out storyboards:
+r"""What settings cost, and what they do to the videos of held-out storyboards:
 
-    python -m demo.quality --bundle bundles/demo --without-ttt bundles/demo-without-ttt --output output/quality
+    python -m demo.quality --bundle bundles/demo --int8 bundles/demo-int8 --without-ttt bundles/demo-without-ttt \
+        --output output/quality
 
 prints a table in Markdown and writes its numbers to quality.json. Every row is a queue of `ttt-video sample`, so a run
 that was ended is resumed by the same command, and rows that are done are only judged. Two processes, each on a core of
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -34,6 +36,8 @@ _STEPS = 50
 _FEWER = 10
 """Steps of the rows that vary something else."""
 
+BundleName = Literal["trained", "without-ttt", "int8"]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,13 +48,13 @@ class Row:
     options: tuple[str, ...] = ()
     num_steps: int = _FEWER
     num_scenes: int = 3
-    ttt: bool = True
+    bundle: BundleName = "trained"
     half: str = ""
 
     @property
     def folder(self) -> str:
-        kind = ("ttt" if self.ttt else "no-ttt", self.half or "onnx")
-        return "_".join((str(self.num_scenes), *kind, str(self.num_steps), *self.options)).replace(":", "-")
+        kind = (str(self.num_scenes), self.bundle, self.half or "onnx", str(self.num_steps))
+        return "_".join((*kind, *self.options)).replace(":", "-")
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -59,15 +63,16 @@ class Row:
         return (*start, "--num-steps", str(self.num_steps), *self.options)
 
 
+WITH_AND_WITHOUT: tuple[tuple[str, BundleName], ...] = (("with TTT", "trained"), ("without TTT", "without-ttt"))
 BASE = Row(f"{_STEPS} steps", num_steps=_STEPS)
 ROWS = (
     BASE,
     *(Row(f"{steps} steps", num_steps=steps) for steps in (20, _FEWER)),
-    Row("without TTT", ttt=False),
+    Row("without TTT", bundle="without-ttt"),
     *(
-        Row(f"{num_scenes} scenes, {'with' if ttt else 'without'} TTT", num_scenes=num_scenes, ttt=ttt)
+        Row(f"{num_scenes} scenes, {name}", num_scenes=num_scenes, bundle=bundle)
         for num_scenes in (6, 21)
-        for ttt in (True, False)
+        for name, bundle in WITH_AND_WITHOUT
     ),
     Row("guided in 0:0.5", ("--guidance-interval", "0:0.5")),
     Row("20 steps, step cache 0.1", ("--step-cache", "0.1"), num_steps=20),
@@ -76,6 +81,7 @@ ROWS = (
     Row("DPM-Solver++(2M) SDE", ("--sampler", "dpmpp-2m-sde")),
     Row("a negative prompt", ("--negative-prompt", "A figure in the desert at night.")),
     Row("30 steps", num_steps=30),
+    Row("int8", bundle="int8"),
     *(Row(f"{dtype}, in PyTorch", half=dtype) for dtype in ("bfloat16", "float16")),
 )
 
@@ -146,13 +152,13 @@ def measured(row: Row, videos: list[Path], reference: Path) -> Result:
     )
 
 
-def table(rows: Iterable[Row], bundles: dict[bool, Path], output: Path, count: int) -> Iterator[Result]:
+def table(rows: Iterable[Row], bundles: dict[BundleName, Path], output: Path, count: int) -> Iterator[Result]:
     """Renders and prints row by row, and gives the results."""
     head = ("settings", "videos", "passes", "seconds", "PSNR", *SCORES)
     print("| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1), flush=True)
     for row in rows:
         # A clip of 21 scenes costs as much as seven of three.
-        videos = render(row, bundles[row.ttt], output, max(1, count * 3 // row.num_scenes))
+        videos = render(row, bundles[row.bundle], output, max(1, count * 3 // row.num_scenes))
         result = measured(row, videos, output / BASE.folder)
         print(result.markdown, flush=True)
         yield result
@@ -162,11 +168,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--without-ttt", type=Path, required=True, help="the same, its gates closed")
+    parser.add_argument("--int8", type=Path, required=True, help="the same, exported with --quantize int8")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=50, help="storyboards of three scenes")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    bundles = {True: arguments.bundle, False: arguments.without_ttt}
+    bundles: dict[BundleName, Path] = {
+        "trained": arguments.bundle,
+        "without-ttt": arguments.without_ttt,
+        "int8": arguments.int8,
+    }
     results = []
     for result in table(ROWS, bundles, arguments.output, arguments.count):
         results.append(result)

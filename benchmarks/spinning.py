@@ -1,4 +1,4 @@
-"""Times a step with threads that sleep while they wait, and with threads that spin first: alone and beside other work."""
+"""Times a step with threads that sleep while they wait, and with threads that spin first, alone and beside others."""
 
 import os
 import subprocess

@@ -2,7 +2,8 @@
 
 A new training begins with random weights, or, with `--start-from demo/checkpoint`, with the published ones.
 
-A step depends on the seed, its number and the weights alone, so a run that was interrupted is resumed bit by bit.
+A step depends on the seed, its number and the weights alone, so a run that was interrupted is resumed bit by bit, if
+it has as many threads as before: one, or as many as OMP_NUM_THREADS says.
 """
 
 import os
@@ -46,6 +47,8 @@ class Stage:
 
 
 _LATE = ((3, 4), (6, 2), (3, 4), (1, 8), (3, 4), (6, 2), (3, 4), (6, 2), (3, 4), (1, 8), (3, 4), (21, 1))
+"""Batches of the last stage: it takes turns with more than fit into a line of STAGES."""
+
 STAGES = (
     Stage(480, ((1, 8),), text_rate=1.0, high=650, high_share=0.5),
     Stage(822, ((1, 4),), text_rate=1.0, high=650, high_share=0.5),  # T5's attention had begun to saturate

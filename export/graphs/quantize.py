@@ -55,9 +55,12 @@ def _scales(weight: LazyTensor) -> Tensor:
 
 def _integers(weight: LazyTensor) -> Tensor:
     """[in, out] of -LARGEST … LARGEST, rounded to nearest."""
-    value = weight.read().detach().float()
-    rounded = (value / _channel_scales(value)[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return rounded.t().contiguous().to(torch.int8)
+    return _rounded(weight.read().detach().float()).t().contiguous().to(torch.int8)
+
+
+def _rounded(value: Tensor) -> Tensor:
+    """[out, in]: a weight in steps of its channels' scales, whole numbers in its own dtype."""
+    return (value / _channel_scales(value)[:, None]).round_().clamp_(-LARGEST, LARGEST)
 
 
 def _channel_scales(value: Tensor) -> Tensor:
@@ -70,8 +73,8 @@ def round_like_int8(module: nn.Module) -> nn.Module:
     """The module, in float32, changed to round what its graph in int8 rounds: weights and what they multiply."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and is_quantized(f"{name}.weight"):
-            scales = _channel_scales(layer.weight.detach())[:, None]
-            layer.weight.data = (layer.weight.detach() / scales).round_().clamp_(-LARGEST, LARGEST) * scales
+            weight = layer.weight.detach()
+            layer.weight.data = _rounded(weight) * _channel_scales(weight)[:, None]
             layer.register_forward_pre_hook(_round_input)
     return module
 

@@ -38,7 +38,7 @@ a long clip the inner models magnify rounding, and no order of the same sums is 
 INT8_TOLERANCE = 5e-2
 """The same for a transformer in int8."""
 INT8_ROUNDING_MARGIN = 2.0
-"""A transformer in int8 may be this much further from the reference than the reference with the same rounding is."""
+"""A transformer in int8 may be this many times as far from the reference as the reference with its rounding is."""
 
 Cases = dict[str, list[Tensor]]
 """Name of a case → its inputs, in the order of the graph."""
